@@ -1,0 +1,116 @@
+"""Frame, write and read Avro values.
+
+Two framings are read, told apart by the first byte: Avro single-object encoding (``C3 01`` and the schema's
+CRC-64-AVRO fingerprint, little-endian; Avro 1.12 specification) and, when a registry is configured, the
+Confluent wire format (``00`` and a four-byte big-endian id). The writer follows the setting.
+
+fastavro has no limits of its own, so the reader sets them: at most 64 KiB, only our own writer schemas (none
+is recursive or has zero-width items), nothing may follow the record, and whatever fastavro raises is
+:class:`Undecodable`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import fastavro
+
+from schemas.catalog import Schema, by_fingerprint
+from services.wire.errors import Undecodable, UnknownSchema
+
+Record = dict[str, Any]
+
+SINGLE_OBJECT_MAGIC = b"\xc3\x01"
+SINGLE_OBJECT_PREFIX_BYTES = 10
+CONFLUENT_MAGIC = b"\x00"
+CONFLUENT_PREFIX_BYTES = 5
+VALUE_BYTES_MAX = 64 * 1024
+SCHEMA_HEADER = "tidemeter-schema"
+
+#: Looks a Confluent schema id up: the released schema it stands for.
+SchemaIds = Callable[[int], Schema]
+
+
+def _no_registry(schema_id: int) -> Schema:
+    raise UnknownSchema("unknown_schema", f"Confluent framing (id {schema_id}) without a schema registry")
+
+
+def write_body(schema: Schema, record: Record) -> bytes:
+    """The Avro binary of ``record``, without framing.
+
+    Raises:
+        Exception: whatever fastavro raises when the record does not fit the schema.
+    """
+    stream = io.BytesIO()
+    fastavro.schemaless_writer(stream, schema.plain, record, strict=True)
+    return stream.getvalue()
+
+
+class Encoder:
+    """Writes values of one schema in the configured framing."""
+
+    def __init__(self, schema: Schema, confluent_id: int | None = None) -> None:
+        self.schema = schema
+        if confluent_id is None:
+            self.prefix = SINGLE_OBJECT_MAGIC + schema.fingerprint
+        else:
+            self.prefix = CONFLUENT_MAGIC + confluent_id.to_bytes(4, "big")
+        self.headers: list[tuple[str, bytes]] = [(SCHEMA_HEADER, schema.name.encode())]
+
+    def encode(self, record: Record) -> bytes:
+        """``record`` framed."""
+        return self.prefix + write_body(self.schema, record)
+
+
+class Decoder:
+    """Reads framed values. Thread-safe."""
+
+    def __init__(self, schema_ids: SchemaIds = _no_registry) -> None:
+        self._schema_ids = schema_ids
+        self._fingerprints = by_fingerprint()
+
+    def schema_of(self, value: bytes) -> tuple[Schema, int]:
+        """The schema a value claims, and where its body begins.
+
+        Raises:
+            Undecodable: too large, too short, or no framing that we know.
+            UnknownSchema: the framing names no released schema.
+        """
+        if len(value) > VALUE_BYTES_MAX:
+            raise Undecodable("undecodable", f"value of {len(value)} bytes; the limit is {VALUE_BYTES_MAX}")
+        if value[:2] == SINGLE_OBJECT_MAGIC and len(value) >= SINGLE_OBJECT_PREFIX_BYTES:
+            schema = self._fingerprints.get(value[2:SINGLE_OBJECT_PREFIX_BYTES])
+            if schema is None:
+                raise UnknownSchema("unknown_schema", "fingerprint of no released schema")
+            return schema, SINGLE_OBJECT_PREFIX_BYTES
+        if value[:1] == CONFLUENT_MAGIC and len(value) >= CONFLUENT_PREFIX_BYTES:
+            return self._schema_ids(int.from_bytes(value[1:5], "big")), CONFLUENT_PREFIX_BYTES
+        raise Undecodable("undecodable", "neither Avro single-object nor Confluent framing")
+
+    def decode(self, value: bytes) -> tuple[Schema, Record]:
+        """Schema and record of one value.
+
+        Raises:
+            Undecodable: the body is not exactly one record of its schema.
+            UnknownSchema: the framing names no released schema.
+        """
+        schema, start = self.schema_of(value)
+        return schema, read_body(schema, value[start:])
+
+
+def read_body(schema: Schema, body: bytes) -> Record:
+    """The one record in ``body``.
+
+    Raises:
+        Undecodable: fastavro fails, or bytes are left over (fastavro itself ignores them).
+    """
+    stream = io.BytesIO(body)
+    try:
+        record = fastavro.schemaless_reader(stream, schema.plain, None)
+    except Exception as error:
+        raise Undecodable("undecodable", type(error).__name__) from None
+    if stream.tell() != len(body):
+        raise Undecodable("undecodable", f"{len(body) - stream.tell()} bytes after the record")
+    return record  # type: ignore[no-any-return]

@@ -1,0 +1,44 @@
+"""Every metric of the product, defined once. Labels never hold a customer identifier.
+
+Names without the prefix ``tidemeter_`` are fixed by operators' runbooks.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+#: Requests by route template and answer. Worry when 5xx of a route rises.
+HTTP_REQUESTS = Counter("http_requests", "HTTP requests answered.", ["route", "method", "status_code"])
+#: How long requests take, seconds. Worry when the 95th percentile of /v1/events/ingest passes 0.2 s.
+HTTP_SECONDS = Histogram("http_request_duration_seconds", "Time to answer a request.", ["route", "method"])
+
+#: Events that Kafka acknowledged to an API client, or that were refused; by result code.
+INGEST_EVENTS = Counter("tidemeter_ingest_events", "Events received by the API.", ["result"])
+
+#: Records by what became of them. Worry when conflict, dead_lettered or upcast_failed grows.
+OUTCOMES = Counter("tidemeter_outcomes", "Usage records by outcome.", ["outcome"])
+#: Records redelivered and skipped. Grows after restarts and rewinds; worry only if it never stops.
+REDELIVERED = Counter("tidemeter_redelivered_records", "Records below the stored position, skipped.")
+#: Records on the usage topics minus records with an outcome, at rest. Worry when not 0.
+CONSERVATION_GAP = Gauge("tidemeter_conservation_gap", "Records without an outcome, lag excluded.")
+#: Records not yet processed.
+LAG = Gauge("tidemeter_lag_records", "Records behind the end of the log.", ["group", "topic", "partition"])
+#: Time of one chunk, seconds, by stage: prepare, transaction, relay.
+CHUNK_SECONDS = Histogram("tidemeter_chunk_seconds", "Time of one stage of one chunk.", ["stage"])
+#: 1 while a partition is stopped by a gap or by the breaker. Page someone.
+HALTED = Gauge(
+    "tidemeter_partition_halted", "Partitions that wait for an operator.", ["topic", "partition", "reason"]
+)
+#: Rows waiting in the outbox. Worry when it stays above 0.
+OUTBOX = Gauge("tidemeter_outbox_rows", "Records decided but not yet on Kafka.", ["producer"])
+#: Retries of a chunk because Kafka or PostgreSQL was away.
+RETRIES = Counter("tidemeter_retries", "Retries after a transient failure.", ["stage"])
+
+#: Deltas closed by the timer.
+DELTAS_CLOSED = Counter("tidemeter_deltas_closed", "Deltas closed.")
+#: Intents by state. Worry when in_doubt or failed is above 0.
+INTENTS = Gauge("tidemeter_intents", "Intents in the journal.", ["state"])
+#: Calls to Stripe by what the answer means.
+STRIPE_CALLS = Counter("tidemeter_stripe_calls", "Calls to Stripe.", ["result"])
+#: Time of one call to Stripe, seconds.
+STRIPE_SECONDS = Histogram("tidemeter_stripe_call_seconds", "Time of one call to Stripe.")

@@ -1,0 +1,99 @@
+"""Records that leave for Kafka beside the usage events: parked records and ops events.
+
+A parked record's value is the original, byte for byte; everything about the failure is in its headers. No
+header holds content: reasons are codes, exceptions are class names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from schemas.catalog import current
+from services.wire.codec import Encoder
+from services.wire.topics import OPS
+
+ERROR_PREFIX: Final = "tidemeter-error-"
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """One record to send. Header values are text."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a record was read. ``timestamp_ms`` is its arrival."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+
+    def key(self) -> bytes:
+        """Key of what is written about this record: ``["topic",partition,offset]``."""
+        return json.dumps([self.topic, self.partition, self.offset], separators=(",", ":")).encode()
+
+
+def parked_record(
+    topic: str,
+    source: Source,
+    value: bytes,
+    *,
+    reason: str,
+    stage: str,
+    error_class: str,
+    service: str,
+    original_headers: Mapping[str, str],
+    **identifiers: str,
+) -> OutboxRow:
+    """A record parked on ``topic``: ``value`` is the original value, untouched."""
+    headers = {
+        **original_headers,
+        f"{ERROR_PREFIX}reason": reason,
+        f"{ERROR_PREFIX}stage": stage,
+        f"{ERROR_PREFIX}class": error_class,
+        f"{ERROR_PREFIX}topic": source.topic,
+        f"{ERROR_PREFIX}partition": str(source.partition),
+        f"{ERROR_PREFIX}offset": str(source.offset),
+        f"{ERROR_PREFIX}timestamp": str(source.timestamp_ms),
+        f"{ERROR_PREFIX}service": service,
+        f"{ERROR_PREFIX}attempt": "1",
+        **{f"{ERROR_PREFIX}{name.replace('_', '-')}": text for name, text in identifiers.items()},
+    }
+    return OutboxRow(topic, source.key(), value, headers)
+
+
+def ops_event(
+    name: str,
+    *,
+    subject_type: str,
+    subject_id: str,
+    source: str,
+    at_us: int,
+    attributes: Mapping[str, str] | None = None,
+) -> OutboxRow:
+    """An ops event: identifiers, counts and codes only. The same transition always gets the same id."""
+    identity = json.dumps([name, subject_type, subject_id, source])
+    encoder = Encoder(current("ops_event"))
+    value = encoder.encode(
+        {
+            "ops_event_id": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+            "name": name,
+            "subject_type": subject_type,
+            "subject_id": subject_id,
+            "source": source,
+            "attributes": dict(attributes or {}),
+            "at": at_us,
+        }
+    )
+    headers = {header: text.decode() for header, text in encoder.headers}
+    return OutboxRow(OPS, subject_id.encode(), value, headers)

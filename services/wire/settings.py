@@ -1,0 +1,178 @@
+"""All settings, from the environment, from secret files, or from a running ``tidemeter up``.
+
+``TIDEMETER_X`` sets ``x``; ``TIDEMETER_X_FILE`` names a file that holds it, for secrets. What neither sets is
+taken from the embedded runtime of the same data directory, when one is running; then from the default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from services.wire.errors import Misconfigured
+
+PREFIX = "TIDEMETER_"
+RUNTIME_FILE = "runtime.json"
+
+
+def data_directory() -> Path:
+    """Where the embedded runtime keeps its data: ``TIDEMETER_DATA_DIR`` or ``~/.local/share/tidemeter``."""
+    return Path(os.environ.get(f"{PREFIX}DATA_DIR", "~/.local/share/tidemeter")).expanduser()
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        if path is None:
+            return None, field_name, False
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
+        except OSError as error:
+            raise Misconfigured(
+                f"{PREFIX}{field_name.upper()}_FILE: cannot read {path}: {error.strerror}"
+            ) from error
+
+    def __call__(self) -> dict[str, Any]:
+        values = {
+            name: self.get_field_value(field, name)[0]
+            for name, field in self.settings_cls.model_fields.items()
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _RunningRuntime(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        try:
+            document = json.loads((data_directory() / RUNTIME_FILE).read_text(encoding="utf-8"))
+            os.kill(int(document.pop("pid")), 0)
+        except (OSError, ValueError, KeyError):
+            return {}
+        known = self.settings_cls.model_fields
+        return {name: value for name, value in document.items() if name in known}
+
+
+class Settings(BaseSettings):
+    """Every setting with its unit. Instances print secrets masked."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+
+    kafka_bootstrap: str | None = Field(None, description="Kafka brokers, host:port[,host:port].")
+    postgres_dsn: SecretStr | None = Field(None, description="PostgreSQL connection string.")
+    schema_registry_url: str | None = Field(
+        None, description="Confluent schema registry; switches the framing."
+    )
+
+    topic_partitions: int = Field(
+        4, ge=1, le=1024, description="Partitions of each topic when it is created."
+    )
+    topic_replication: int = Field(1, ge=1, le=9, description="Replicas of each topic when it is created.")
+    min_insync_replicas: int = Field(1, ge=1, le=9, description="Replicas that must confirm a write.")
+    usage_retention_days: int = Field(
+        90, ge=-1, description="How long usage topics keep records; -1 for ever."
+    )
+
+    http_host: str = Field("127.0.0.1", description="Address the API listens on.")
+    http_port: int = Field(8080, ge=0, le=65535, description="Port the API listens on.")
+    observe_host: str = Field("127.0.0.1", description="Address workers serve /health and /metrics on.")
+    observe_port: int = Field(0, ge=0, le=65535, description="Port of that; 0 takes a free one and logs it.")
+
+    worker_id: str | None = Field(None, description="Name of this worker in its group; needed to be static.")
+    session_timeout_seconds: float = Field(10.0, ge=1, le=300, description="Kafka group session timeout.")
+    chunk_records_max: int = Field(5000, ge=1, le=50_000, description="Records in one chunk, at most.")
+    watchdog_seconds: float = Field(
+        60.0, ge=1, description="Lag without progress for this long ends a worker."
+    )
+    dedupe_days: int = Field(35, ge=1, le=400, description="Idempotency keys are kept at least this long.")
+    delta_interval_seconds: float = Field(
+        1.0, gt=0, le=86_400, description="Pause between two rounds of closing."
+    )
+
+    stripe_api_key: SecretStr | None = Field(None, description="Restricted Stripe key for meter events.")
+    stripe_api_base: str | None = Field(
+        None, description="Base address of the Stripe API; unset for Stripe's own."
+    )
+    stripe_rate_per_second: float = Field(
+        200.0, gt=0, le=10_000, description="Meter events per second, at most."
+    )
+    stripe_concurrency: int = Field(16, ge=1, le=256, description="Calls to Stripe in flight, at most.")
+    stripe_timeout_seconds: float = Field(20.0, gt=0, le=80, description="Time limit of one call to Stripe.")
+    stripe_allow_live: bool = Field(False, description="Must be true before an sk_live_ key is accepted.")
+
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="Form of the log lines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then environment, then secret files, then the running embedded runtime."""
+        return init_settings, env_settings, _SecretFiles(settings_cls), _RunningRuntime(settings_cls)
+
+    def kafka(self) -> str:
+        """Bootstrap servers.
+
+        Raises:
+            Misconfigured: none known.
+        """
+        if self.kafka_bootstrap is None:
+            raise Misconfigured(
+                "no Kafka address: set TIDEMETER_KAFKA_BOOTSTRAP, or run `tidemeter up` first"
+            )
+        return self.kafka_bootstrap
+
+    def postgres(self) -> str:
+        """Connection string; a secret.
+
+        Raises:
+            Misconfigured: none known.
+        """
+        if self.postgres_dsn is None:
+            raise Misconfigured(
+                "no PostgreSQL address: set TIDEMETER_POSTGRES_DSN, or run `tidemeter up` first"
+            )
+        return self.postgres_dsn.get_secret_value()
+
+    def stripe_key(self) -> str:
+        """Stripe API key; a secret.
+
+        Raises:
+            Misconfigured: none set, or a live key without ``TIDEMETER_STRIPE_ALLOW_LIVE=true``.
+        """
+        if self.stripe_api_key is None:
+            raise Misconfigured(
+                "no Stripe key: set TIDEMETER_STRIPE_API_KEY or TIDEMETER_STRIPE_API_KEY_FILE"
+            )
+        key = self.stripe_api_key.get_secret_value()
+        if "_live_" in key and not self.stripe_allow_live:
+            raise Misconfigured(
+                "the Stripe key is a live one: set TIDEMETER_STRIPE_ALLOW_LIVE=true to bill for real"
+            )
+        return key
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings of this process; ``overrides`` that are None are ignored.
+
+    Raises:
+        Misconfigured: a value is out of range; the message names the variable.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        raise Misconfigured(f"{name}: {first['msg']}") from None
