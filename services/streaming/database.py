@@ -1,0 +1,42 @@
+"""One PostgreSQL connection of one thread, reopened after a failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+from services.wire.errors import Transient
+
+#: What a retry can cure: lost connections, restarts, deadlocks, full disks, time-outs.
+TRANSIENT_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, Transient)
+
+
+class Database:
+    """Lazily connected; :meth:`connection` gives a working one or raises an ``OperationalError``."""
+
+    def __init__(self, dsn: str, name: str) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def connection(self) -> psycopg.Connection[Any]:
+        """An open connection in autocommit mode; transactions are explicit."""
+        if self._connection is None or self._connection.closed or self._connection.broken:
+            self._connection = psycopg.connect(
+                self._dsn,
+                autocommit=True,
+                application_name=f"tidemeter-{self._name}",
+                connect_timeout=5,
+                prepare_threshold=1,
+                keepalives_idle=5,
+                keepalives_interval=2,
+                keepalives_count=3,
+            )
+        return self._connection
+
+    def reset(self) -> None:
+        """Forget the connection after a failure: its transaction state is unknown."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -1,0 +1,94 @@
+"""SQL of ``partition_offsets``: where a consumer group stands, stored in the transaction that did the work.
+
+The row lock fences: a worker that lost its partition, or that was stopped and wakes later, finds
+``next_offset`` moved and skips. A partition that must not go on carries the reason in ``halted``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from services.streaming.chunks import Partition
+
+Connection = psycopg.Connection[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The stored position of one partition."""
+
+    next_offset: int
+    parked_offsets: list[int]
+    halted: str | None
+
+
+def ensure_positions(db: Connection, consumer: str, starts: Mapping[Partition, int]) -> None:
+    """Create the rows of partitions that this consumer group never read; ``starts`` is the log start."""
+    with db.transaction():
+        db.cursor().executemany(
+            "INSERT INTO partition_offsets (consumer, topic, partition, start_offset, next_offset) "
+            "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            [(consumer, tp.topic, tp.partition, start, start) for tp, start in starts.items()],
+        )
+
+
+def read_positions(db: Connection, consumer: str) -> dict[Partition, Position]:
+    """Every partition the group ever read."""
+    rows = db.execute(
+        "SELECT topic, partition, next_offset, parked_offsets, halted FROM partition_offsets "
+        "WHERE consumer = %s",
+        (consumer,),
+    ).fetchall()
+    return {Partition(row[0], row[1]): Position(row[2], row[3], row[4]) for row in rows}
+
+
+def lock_position(db: Connection, consumer: str, tp: Partition) -> Position | None:
+    """Lock the row until the transaction ends; None when the partition was never assigned."""
+    row = db.execute(
+        "SELECT next_offset, parked_offsets, halted FROM partition_offsets "
+        "WHERE consumer = %s AND topic = %s AND partition = %s FOR UPDATE",
+        (consumer, tp.topic, tp.partition),
+    ).fetchone()
+    return None if row is None else Position(row[0], row[1], row[2])
+
+
+def advance(
+    db: Connection, consumer: str, tp: Partition, next_offset: int, parked_offsets: list[int]
+) -> None:
+    """Move the locked row forward. Never back: a rewind belongs to the operator's own command."""
+    db.execute(
+        "UPDATE partition_offsets SET next_offset = %s, parked_offsets = %s, updated_at = now() "
+        "WHERE consumer = %s AND topic = %s AND partition = %s AND next_offset <= %s",
+        (next_offset, parked_offsets, consumer, tp.topic, tp.partition, next_offset),
+    )
+
+
+def halt(db: Connection, consumer: str, tp: Partition, reason: str) -> bool:
+    """Stop the partition; True when it was running until now."""
+    changed = db.execute(
+        "UPDATE partition_offsets SET halted = %s, halted_at = now() "
+        "WHERE consumer = %s AND topic = %s AND partition = %s AND halted IS NULL",
+        (reason, consumer, tp.topic, tp.partition),
+    )
+    return changed.rowcount == 1
+
+
+def resume(
+    db: Connection, consumer: str | None, topics: Iterable[Partition] | None
+) -> list[tuple[str, str, int, str]]:
+    """Let halted partitions go on, with fresh breakers; returns (consumer, topic, partition, reason)."""
+    wanted = None if topics is None else [f"{tp.topic}/{tp.partition}" for tp in topics]
+    return db.execute(
+        "WITH stopped AS (SELECT consumer, topic, partition, halted FROM partition_offsets "
+        "  WHERE halted IS NOT NULL AND (%(consumer)s::text IS NULL OR consumer = %(consumer)s) "
+        "  AND (%(wanted)s::text[] IS NULL OR topic || '/' || partition = ANY(%(wanted)s)) FOR UPDATE) "
+        "UPDATE partition_offsets p SET halted = NULL, halted_at = NULL, parked_offsets = '{}' "
+        "FROM stopped s "
+        "WHERE (p.consumer, p.topic, p.partition) = (s.consumer, s.topic, s.partition) "
+        "RETURNING p.consumer, p.topic, p.partition, s.halted",
+        {"consumer": consumer, "wanted": wanted},
+    ).fetchall()

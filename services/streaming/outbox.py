@@ -1,0 +1,56 @@
+"""The outbox: records that a transaction decided to send, and the relay that sends them.
+
+At least once: a relay that dies between Kafka's acknowledgement and the deletion sends again. Every record in
+it carries a stable identity (delta identifier, ops event id, source coordinates), so readers can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from services.streaming.faults import fault_point
+from services.wire.kafka import AckedProducer
+from services.wire.records import OutboxRow
+
+RELAY_ROWS_MAX = 2000
+
+
+def enqueue(db: psycopg.Connection[Any], producer: str, rows: Sequence[OutboxRow]) -> None:
+    """Write ``rows`` in the current transaction, in order."""
+    if rows:
+        with db.cursor().copy("COPY outbox (producer, topic, key, value, headers) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row((producer, row.topic, row.key, row.value, Jsonb(dict(row.headers))))
+
+
+def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer) -> int:
+    """Send everything ``producer`` has waiting and return how many records that was.
+
+    Rows another relay holds are left to it.
+
+    Raises:
+        Transient: Kafka did not acknowledge; the rows stay.
+    """
+    sent = 0
+    while True:
+        with db.transaction():
+            rows = db.execute(
+                "SELECT outbox_id, topic, key, value, headers FROM outbox WHERE producer = %s "
+                "ORDER BY outbox_id LIMIT %s FOR UPDATE SKIP LOCKED",
+                (producer, RELAY_ROWS_MAX),
+            ).fetchall()
+            if not rows:
+                return sent
+            fault_point("relay.before_send")
+            kafka.send_all(
+                (topic, key, value, {name: text.encode() for name, text in headers.items()})
+                for _, topic, key, value, headers in rows
+            )
+            fault_point("relay.after_send")
+            db.execute("DELETE FROM outbox WHERE outbox_id = ANY(%s)", ([row[0] for row in rows],))
+        fault_point("relay.after_delete")
+        sent += len(rows)

@@ -1,0 +1,412 @@
+"""Run one chunk handler under Faust, keeping the contract that makes it exact.
+
+The contract, point by point:
+
+1. one agent for the handler's topics, ``concurrency=1``, raw bytes in, decoding inside the body;
+2. the body never raises: transient failures are retried in place, anything else ends the process at once
+   with ``os._exit``, because Faust commits past whatever an agent body raised on;
+3. a gap in the offsets stops the partition, with a reason, after one attempt to seek back to it;
+4. on assignment, and after every seek of Faust's own, a group offset ahead of PostgreSQL is moved back;
+5. a short session timeout, and static membership when the worker has a name, so that a killed worker's
+   partitions move in seconds;
+6. Faust's web server never starts: it would listen on every interface;
+7. a watchdog ends the process when records wait and the stored offsets do not move.
+
+While one chunk's transaction runs, the next chunk is already being decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
+
+import faust
+import structlog
+from confluent_kafka.admin import AdminClient
+from faust.types import TP
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from services.streaming import offsets, outbox
+from services.streaming.chunks import Chunk, Partition
+from services.streaming.database import TRANSIENT_ERRORS, Database
+from services.streaming.faults import fault_point
+from services.streaming.lag import behind, log_ends, log_starts
+from services.streaming.observe import Health, Status, serve_observation
+from services.streaming.transport import ChunkConsumer, ChunkTransport, RawSchema
+from services.wire import metrics
+from services.wire.errors import OffsetGap
+from services.wire.kafka import AckedProducer
+from services.wire.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+EXIT_BROKEN = 70
+EXIT_STUCK = 75
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a transaction did. ``halted`` names why the partition must stop at ``next_offset``."""
+
+    next_offset: int
+    outbox_rows: int = 0
+    halted: str | None = None
+
+
+class ChunkHandler(Protocol[P]):
+    """The work of a service, in threads: ``prepare`` of one chunk overlaps ``apply`` of the one before."""
+
+    def prepare(self, chunk: Chunk) -> P:
+        """Pure computation on one chunk: decode, upcast, validate. Must not touch PostgreSQL or Kafka."""
+
+    def apply(self, db: offsets.Connection, prepared: P) -> Applied:
+        """One transaction: lock the position, do the work, move the position.
+
+        Raises:
+            OffsetGap: the chunk begins above the stored position.
+        """
+
+
+def crash(event: str, error: BaseException) -> NoReturn:
+    """Log and end the process without unwinding: unwinding would let Faust commit past the failure."""
+    log.critical(event, error=error, exit_code=EXIT_BROKEN, exc_info=error)
+    os._exit(EXIT_BROKEN)
+
+
+class Worker(Generic[P]):
+    """One process of one consumer group."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        group: str,
+        topics: Sequence[str],
+        handler: ChunkHandler[P],
+        health: Health | None = None,
+        after_apply: Callable[[], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.group = group
+        self.topics = list(topics)
+        self.handler = handler
+        self.health = health or Health()
+        self.after_apply = after_apply
+        self.database = Database(settings.postgres(), group)
+        self.kafka = AckedProducer(settings.kafka())
+        self.stopping = asyncio.Event()
+        self._prepare_thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._apply_thread = ThreadPoolExecutor(1, thread_name_prefix="apply")
+        self._in_flight: asyncio.Task[None] | None = None
+        self._halted: dict[Partition, str] = {}
+        self._sought: dict[Partition, int] = {}
+        self._waiting_for: str | None = None
+        self._assigned: set[Partition] = set()
+        self._positions: dict[Partition, int] = {}
+        self._kafka_reachable = True
+        self.app = self._build_app()
+        self.health.checks["stream"] = self._stream_health
+        self.health.checks["kafka"] = self._kafka_health
+
+    # -- Faust ---------------------------------------------------------------------------------------
+
+    def _build_app(self) -> Any:
+        settings = self.settings
+        app = faust.App(
+            self.group,
+            broker=f"kafka://{settings.kafka().replace(',', ';kafka://')}",
+            store="memory://",
+            web_enabled=False,
+            topic_disable_leader=True,
+            topic_allow_declare=False,
+            consumer_auto_offset_reset="earliest",
+            consumer_group_instance_id=settings.worker_id and f"{self.group}-{settings.worker_id}",
+            broker_session_timeout=settings.session_timeout_seconds,
+            broker_heartbeat_interval=settings.session_timeout_seconds / 3.5,
+            broker_commit_interval=0.5,
+            broker_max_poll_records=settings.chunk_records_max,
+            consumer_max_fetch_size=4 * 1024 * 1024,
+            stream_buffer_maxsize=4,
+            stream_wait_empty=True,
+            table_standby_replicas=0,
+        )
+        app.transport = ChunkTransport(app.conf.broker_consumer, app, supervisor=self)
+        source = app.topic(*self.topics, schema=RawSchema(), key_type=bytes, value_type=bytes)
+
+        async def consume(chunks: Any) -> None:
+            async for chunk in chunks:
+                try:
+                    await self._take(chunk)
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:
+                    crash("chunk failed", error)
+
+        app.agent(source, concurrency=1, name=f"{self.group}.consume")(consume)
+        return app
+
+    @property
+    def consumer(self) -> ChunkConsumer:
+        return self.app.consumer  # type: ignore[no-any-return]
+
+    # -- One chunk -----------------------------------------------------------------------------------
+
+    async def _take(self, chunk: Chunk) -> None:
+        """Decode this chunk while the last one commits, then start its own transaction."""
+        if chunk.partition in self._halted:
+            return
+        fault_point("chunk.received")
+        with metrics.CHUNK_SECONDS.labels("prepare").time():
+            prepared = await self._retried(
+                "the schema registry", self._prepare_thread, self.handler.prepare, chunk
+            )
+        await self._drained()
+        self._in_flight = asyncio.create_task(self._finish(chunk, prepared))
+
+    async def _drained(self) -> None:
+        if self._in_flight is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._in_flight
+
+    async def drain_or_abandon(self) -> None:
+        """For revocation: wait for the transaction under way, but not for a database that is away.
+
+        Abandoning is safe: an uncommitted chunk is redelivered, and one that commits later is skipped then.
+        """
+        if self._in_flight is not None:
+            done, _ = await asyncio.wait({self._in_flight}, timeout=self.settings.session_timeout_seconds / 2)
+            if not done:
+                self._in_flight.cancel()
+
+    async def _finish(self, chunk: Chunk, prepared: P) -> None:
+        try:
+            applied = await self._retried("PostgreSQL", self._apply_thread, self._apply, prepared)
+            if applied.outbox_rows:
+                await self._retried("Kafka", self._apply_thread, self._relay)
+        except asyncio.CancelledError:
+            raise
+        except OffsetGap as gap:
+            await self._recover_gap(chunk, gap)
+            return
+        except BaseException as error:
+            crash("chunk failed", error)
+        fault_point("chunk.before_settle")
+        self._positions[chunk.partition] = applied.next_offset
+        self.consumer.settle(chunk.partition, applied.next_offset)
+        if applied.halted is not None:
+            self._stop_partition(chunk.partition, applied.halted)
+        if self.after_apply is not None:
+            self.after_apply()
+        fault_point("chunk.settled")
+
+    def _apply(self, prepared: P) -> Applied:
+        with metrics.CHUNK_SECONDS.labels("transaction").time():
+            return self.handler.apply(self.database.connection(), prepared)
+
+    def _relay(self) -> int:
+        with metrics.CHUNK_SECONDS.labels("relay").time():
+            return outbox.relay(self.database.connection(), self.group, self.kafka)
+
+    async def _retried(
+        self, world: str, pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Call in a thread until the world is back; health says what is waited for."""
+
+        def waiting(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            self._waiting_for = f"{world} ({type(error).__name__})"
+            metrics.RETRIES.labels(world).inc()
+            log.warning("waiting", world=world, error=error, attempt=state.attempt_number)
+
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(TRANSIENT_ERRORS),
+                wait=wait_random_exponential(multiplier=0.1, max=5),
+                before_sleep=waiting,
+            ):
+                with attempt:
+                    try:
+                        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+                    except TRANSIENT_ERRORS:
+                        if pool is self._apply_thread:
+                            self.database.reset()
+                        raise
+        finally:
+            self._waiting_for = None
+
+    # -- Gaps and halts ------------------------------------------------------------------------------
+
+    async def _recover_gap(self, chunk: Chunk, gap: OffsetGap) -> None:
+        """Seek back once; if the records are gone, stop the partition."""
+        stored = (await self._retried("PostgreSQL", self._apply_thread, self._read_positions))[
+            chunk.partition
+        ]
+        if self._sought.get(chunk.partition) != stored.next_offset:
+            self._sought[chunk.partition] = stored.next_offset
+            log.warning("gap; seeking back", topic=chunk.partition.topic, partition=chunk.partition.partition)
+            await self.consumer.seek(TP(*chunk.partition), stored.next_offset)
+            return
+        await self._retried("PostgreSQL", self._apply_thread, self._store_halt, chunk.partition, "offset_gap")
+        self._stop_partition(chunk.partition, "offset_gap")
+
+    def _store_halt(self, tp: Partition, reason: str) -> None:
+        offsets.halt(self.database.connection(), self.group, tp, reason)
+
+    def _stop_partition(self, tp: Partition, reason: str) -> None:
+        self._halted[tp] = reason
+        self.consumer.pause_partitions({TP(*tp)})
+        metrics.HALTED.labels(tp.topic, str(tp.partition), reason).set(1)
+        log.error(
+            "partition halted; see `tidemeter resume`", topic=tp.topic, partition=tp.partition, reason=reason
+        )
+
+    async def _watch_halts(self) -> None:
+        """Take halted partitions up again once an operator said so."""
+        while not self.stopping.is_set():
+            await asyncio.sleep(1.0)
+            if not self._halted:
+                continue
+            positions = await self._retried("PostgreSQL", self._apply_thread, self._read_positions)
+            for tp in list(self._halted):
+                if tp in positions and positions[tp].halted is None:
+                    metrics.HALTED.labels(tp.topic, str(tp.partition), self._halted.pop(tp)).set(0)
+                    self._sought.pop(tp, None)
+                    await self.consumer.seek(TP(*tp), positions[tp].next_offset)
+                    self.consumer.resume_partitions({TP(*tp)})
+                    log.info("partition resumed", topic=tp.topic, partition=tp.partition)
+
+    # -- Positions -----------------------------------------------------------------------------------
+
+    def _read_positions(self) -> dict[Partition, offsets.Position]:
+        return offsets.read_positions(self.database.connection(), self.group)
+
+    def _positions_for(self, assigned: Sequence[Partition]) -> dict[Partition, offsets.Position]:
+        known = self._read_positions()
+        new = [tp for tp in assigned if tp not in known]
+        if new:
+            admin = AdminClient({"bootstrap.servers": self.settings.kafka()})
+            starts = log_starts(admin, new)
+            offsets.ensure_positions(self.database.connection(), self.group, starts)
+            known = self._read_positions()
+        return {tp: known[tp] for tp in assigned}
+
+    async def reconcile_offsets(self) -> None:
+        """After Faust sought to the committed offsets: nowhere start above what PostgreSQL says."""
+        consumer = self.consumer
+        assigned = [
+            Partition(tp.topic, tp.partition) for tp in consumer.assignment() if tp.topic in self.topics
+        ]
+        positions = await self._retried("PostgreSQL", self._apply_thread, self._positions_for, assigned)
+        committed = consumer.committed_offsets()
+        self._assigned = set(assigned)
+        self._positions = {tp: position.next_offset for tp, position in positions.items()}
+        self._sought.clear()
+        for tp, position in positions.items():
+            kafka_says = committed.get(TP(*tp))
+            if kafka_says is None or kafka_says > position.next_offset:
+                if kafka_says is not None:
+                    log.warning(
+                        "group offset is ahead of PostgreSQL; seeking back",
+                        topic=tp.topic,
+                        partition=tp.partition,
+                    )
+                consumer.forget_commit(TP(*tp))
+                await consumer.seek(TP(*tp), position.next_offset)
+            if position.halted is not None:
+                self._stop_partition(tp, position.halted)
+        for tp in [tp for tp in self._halted if tp not in self._assigned]:
+            metrics.HALTED.labels(tp.topic, str(tp.partition), self._halted.pop(tp)).set(0)
+
+    # -- Health and watchdog -------------------------------------------------------------------------
+
+    def _stream_health(self) -> tuple[Status, str]:
+        if self._waiting_for is not None:
+            return "unhealthy", f"waiting for {self._waiting_for}"
+        if self._halted:
+            tp, reason = next(iter(self._halted.items()))
+            return (
+                "degraded",
+                f"{len(self._halted)} partitions halted, first {tp.topic}/{tp.partition}: {reason}",
+            )
+        if not self._assigned:
+            return "degraded", "no partitions assigned"
+        return "healthy", f"{len(self._assigned)} partitions"
+
+    def _kafka_health(self) -> tuple[Status, str]:
+        return ("healthy", "answers") if self._kafka_reachable else ("unhealthy", "brokers do not answer")
+
+    def _watchdog(self) -> None:
+        """A thread, so that a blocked event loop cannot stop it."""
+        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        moved_at, last = time.monotonic(), dict(self._positions)
+        while not self.stopping.is_set():
+            time.sleep(1.0)
+            positions = dict(self._positions)
+            running = [tp for tp in positions if tp not in self._halted]
+            try:
+                lag = behind(log_ends(admin, positions, 5.0), positions)
+                self._kafka_reachable = True
+            except TRANSIENT_ERRORS:
+                self._kafka_reachable = False
+                moved_at = time.monotonic()
+                continue
+            for tp, records in lag.items():
+                metrics.LAG.labels(self.group, tp.topic, str(tp.partition)).set(records)
+            idle = not any(lag[tp] for tp in running if tp in lag)
+            if idle or positions != last or self._waiting_for is not None:
+                moved_at, last = time.monotonic(), positions
+            elif time.monotonic() - moved_at > self.settings.watchdog_seconds:
+                log.critical("no progress with records waiting", lag=sum(lag.values()), exit_code=EXIT_STUCK)
+                os._exit(EXIT_STUCK)
+
+    # -- Life ----------------------------------------------------------------------------------------
+
+    async def run(self, *background: Callable[[], Awaitable[None]]) -> None:
+        """Consume until SIGTERM or SIGINT, beside ``background`` loops; then finish the chunk under way."""
+        loop = asyncio.get_running_loop()
+        # A chunk makes tens of thousands of containers that die young, by reference count. The default
+        # thresholds walk all of them dozens of times for each chunk, which costs a third of the throughput.
+        gc.freeze()
+        gc.set_threshold(100_000, 20, 100)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        runner, port = await serve_observation(
+            self.health, self.settings.observe_host, self.settings.observe_port
+        )
+        log.info("worker starts", group=self.group, observe_port=port)
+        await self._retried("PostgreSQL", self._apply_thread, self.database.connection)
+        await self._retried("Kafka", self._apply_thread, self._relay)
+        threading.Thread(target=self._watchdog, daemon=True, name="watchdog").start()
+        await self.app.start()
+        tasks = [asyncio.create_task(self._guarded(part)) for part in (self._watch_halts, *background)]
+        while not self.stopping.is_set():
+            if self.app.crashed:
+                crash("Faust crashed", self.app.crash_reason or RuntimeError("no reason given"))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), timeout=0.5)
+        log.info("worker stops", group=self.group)
+        await self._drained()
+        await self.app.stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await runner.cleanup()
+
+    async def _guarded(self, part: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await part()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            crash("background task failed", error)
