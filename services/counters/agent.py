@@ -1,0 +1,75 @@
+"""The counters process: the chunk agent, and the timer that closes deltas."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from services.counters.closing import close_round
+from services.counters.config import load_configuration
+from services.counters.generations import rotate_generations
+from services.counters.ledger import GROUP, Counters
+from services.counters.prepare import Preparer
+from services.streaming import outbox
+from services.streaming.database import TRANSIENT_ERRORS, Database
+from services.streaming.worker import Worker
+from services.wire import metrics
+from services.wire.kafka import AckedProducer
+from services.wire.registry import decoder_for
+from services.wire.settings import Settings
+from services.wire.topics import USAGE_VERSIONS
+from upcasters.chain import check_chain, upcasters
+
+log = structlog.get_logger(__name__)
+
+_ROTATION_CHECK_SECONDS = 600.0
+
+
+class DeltaTimer:
+    """Closes deltas and relays them, on its own connection and producer, every interval."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._database = Database(settings.postgres(), "deltas")
+        self._kafka = AckedProducer(settings.kafka())
+        self._next_rotation = 0.0
+
+    def tick(self) -> int:
+        """Close everything that is dirty now; returns the number of deltas."""
+        db = self._database.connection()
+        if time.monotonic() >= self._next_rotation:
+            if rotate_generations(db, self._settings.dedupe_days):
+                log.info("idempotency keys start a new generation")
+            self._next_rotation = time.monotonic() + _ROTATION_CHECK_SECONDS
+        closed = 0
+        while True:
+            items, deltas = close_round(db)
+            closed += deltas
+            outbox.relay(db, GROUP, self._kafka)
+            if items == 0:
+                metrics.DELTAS_CLOSED.inc(closed)
+                return closed
+
+    async def loop(self) -> None:
+        """Tick for ever; a world that is away is waited for."""
+        while True:
+            try:
+                await asyncio.to_thread(self.tick)
+            except TRANSIENT_ERRORS as error:
+                log.warning("deltas wait", error=error)
+                await asyncio.to_thread(self._database.reset)
+            await asyncio.sleep(self._settings.delta_interval_seconds)
+
+
+async def run(settings: Settings) -> None:
+    """Run one counters worker until it is told to stop."""
+    chain = upcasters()
+    check_chain(chain)
+    configuration = Database(settings.postgres(), "configuration")
+    counters = Counters(
+        Preparer(decoder_for(settings), chain), lambda: load_configuration(configuration.connection())
+    )
+    worker = Worker(settings, group=GROUP, topics=list(USAGE_VERSIONS), handler=counters)
+    await worker.run(DeltaTimer(settings).loop)

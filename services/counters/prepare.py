@@ -1,0 +1,308 @@
+"""Turn a chunk of raw records into events to count and records to park.
+
+Pure: no clock, no I/O. The same chunk and configuration give the same result, which is what makes replay
+and the crash tests meaningful. What depends on earlier chunks (duplicates, watermarks) is decided later, in
+the transaction (``ledger``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from schemas.catalog import Schema, current, released
+from services.counters.config import Configuration, Meter
+from services.streaming.chunks import Chunk, RawRecord
+from services.wire import topics
+from services.wire.codec import SCHEMA_HEADER, Decoder, Record
+from services.wire.errors import Undecodable, UnknownSchema
+from services.wire.records import OutboxRow, Source, ops_event, parked_record
+from services.wire.usage import (
+    FUTURE_TOLERANCE_US,
+    QUANTITY_MAX,
+    QUANTITY_UNIT,
+    content_digest,
+    event_id_hash,
+    item_id_hash,
+)
+from upcasters.chain import InvalidAfterUpcast, MissingUpcaster, UpcasterFailed, Upcasters
+from upcasters.values import Rejected
+
+SERVICE = "tidemeter-counters"
+DAY_US = 86_400_000_000
+_QUANTITY_LIMIT = QUANTITY_MAX * QUANTITY_UNIT
+
+ParkedOutcome = Literal["dead_lettered", "upcast_failed"]
+
+
+class Account:
+    """What became of the records of one (tenant, meter) in this chunk."""
+
+    __slots__ = (
+        "adjusted",
+        "conflict",
+        "counted",
+        "dead_lettered",
+        "duplicate",
+        "late_counted",
+        "received",
+        "upcast_failed",
+    )
+
+    def __init__(self) -> None:
+        self.received = self.counted = self.duplicate = self.conflict = self.late_counted = 0
+        self.adjusted = self.dead_lettered = self.upcast_failed = 0
+
+
+OUTCOMES = ("counted", "duplicate", "conflict", "late_counted", "adjusted", "dead_lettered", "upcast_failed")
+
+
+class Item:
+    """One metered item of this chunk. ``watermark`` is filled in, and moved, inside the transaction."""
+
+    __slots__ = ("account", "buckets", "customer_ref", "item_id", "meter", "watermark")
+
+    def __init__(self, item_id: bytes, customer_ref: str, meter: Meter, account: Account) -> None:
+        self.item_id = item_id
+        self.customer_ref = customer_ref
+        self.meter = meter
+        self.account = account
+        self.watermark = 0
+        #: (hour start, period start) → [total in billionths, events, late events]
+        self.buckets: dict[tuple[int, int], list[int]] = {}
+
+
+#: (index in the chunk, id hash, digest, item, occurred_at µs, quantity in billionths). A plain tuple: one is
+#: made for every event.
+Event = tuple[int, bytes, int, Item, int, int]
+
+
+@dataclass(slots=True)
+class Parked:
+    """A record that cannot be counted as it is."""
+
+    index: int
+    outcome: ParkedOutcome
+    reason: str
+    stage: str
+    error_class: str
+    tenant_id: str = ""
+    meter: str = ""
+    identifiers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A chunk, ready for its transaction. ``events`` holds each id once; ``repeats`` the later ones."""
+
+    chunk: Chunk
+    config_version: int
+    events: list[Event] = field(default_factory=list)
+    repeats: list[Event] = field(default_factory=list)
+    parked: list[Parked] = field(default_factory=list)
+    items: dict[tuple[str, str, str], Item] = field(default_factory=dict)
+    accounts: dict[tuple[str, str], Account] = field(default_factory=dict)
+
+    def account(self, tenant_id: str, meter: str) -> Account:
+        """The account of (tenant, meter), made on first use."""
+        found = self.accounts.get((tenant_id, meter))
+        if found is None:
+            found = self.accounts[tenant_id, meter] = Account()
+        return found
+
+
+class Preparer:
+    """Decoder, upcasters and limits, built once."""
+
+    def __init__(self, decoder: Decoder, upcasters: Upcasters) -> None:
+        self._decoder = decoder
+        self._upcasters = upcasters
+        self._current = current("usage_event")
+
+    def prepare(self, chunk: Chunk, config: Configuration) -> Prepared:
+        """Decode, upcast and validate every record of ``chunk`` against ``config``."""
+        prepared = Prepared(chunk, config.version)
+        expected = released()["usage_event", topics.USAGE_VERSIONS[chunk.partition.topic]]
+        expected_name = expected.name.encode()
+        decode = self._decoder.decode
+        seen: set[bytes] = set()
+        for index, raw in enumerate(chunk.records):
+            record: Record = {}
+            try:
+                schema, record = decode(raw.value or b"")
+                _check_agreement(schema, expected, raw, expected_name)
+                if schema is not self._current:
+                    record = self._upcasters.to_current(schema.subject, schema.version, record)
+            except (Undecodable, UnknownSchema) as error:
+                prepared.parked.append(_upcast_failure(index, error.reason, "decode", error, {}))
+                continue
+            except (MissingUpcaster, UpcasterFailed, InvalidAfterUpcast) as error:
+                prepared.parked.append(
+                    _upcast_failure(index, _UPCAST_REASONS[type(error)], "upcast", error, record)
+                )
+                continue
+            except Rejected as error:
+                prepared.parked.append(_dead_letter(index, error.reason, record))
+                continue
+            event = self._event(prepared, config, index, raw.timestamp * 1000, record)
+            if event is None:
+                continue
+            if event[1] in seen:
+                prepared.repeats.append(event)
+            else:
+                seen.add(event[1])
+                prepared.events.append(event)
+        return prepared
+
+    def idempotency_key(self, chunk: Chunk, index: int) -> str:
+        """The key of an event, read again: too rarely needed to be kept for every event."""
+        schema, record = self._decoder.decode(chunk.records[index].value or b"")
+        return str(self._upcasters.to_current(schema.subject, schema.version, record)["idempotency_key"])
+
+    def _event(
+        self, prepared: Prepared, config: Configuration, index: int, arrival_us: int, record: Record
+    ) -> Event | None:
+        """The event of a current record, or None when it was parked."""
+        tenant_id, customer_ref, meter_slug = record["tenant_id"], record["customer_ref"], record["meter"]
+        item = prepared.items.get((tenant_id, customer_ref, meter_slug))
+        if item is None:
+            reason = _unfit_identity(record)
+            meter = config.meters.get((tenant_id, meter_slug))
+            if reason is not None or meter is None:
+                prepared.parked.append(_dead_letter(index, reason or "unknown_meter", record))
+                return None
+            item = prepared.items[tenant_id, customer_ref, meter_slug] = Item(
+                item_id_hash(tenant_id, customer_ref, meter_slug),
+                customer_ref,
+                meter,
+                prepared.account(tenant_id, meter_slug),
+            )
+        quantity = int.from_bytes(record["quantity"], "big", signed=True)
+        occurred = record["occurred_at"]
+        if occurred is None:
+            occurred = arrival_us
+        reason = _unfit(item.meter, record["idempotency_key"], quantity, occurred, arrival_us)
+        if reason is not None:
+            prepared.parked.append(_dead_letter(index, reason, record))
+            return None
+        item.account.received += 1
+        return (
+            index,
+            event_id_hash(tenant_id, record["idempotency_key"]),
+            content_digest(record),
+            item,
+            occurred,
+            quantity if item.meter.aggregation == "sum" else QUANTITY_UNIT,
+        )
+
+
+_UPCAST_REASONS: Mapping[type[Exception], str] = {
+    MissingUpcaster: "missing_upcaster",
+    UpcasterFailed: "upcaster_error",
+    InvalidAfterUpcast: "invalid_after_upcast",
+}
+
+
+def _check_agreement(schema: Schema, expected: Schema, raw: RawRecord, expected_name: bytes) -> None:
+    if schema is not expected:
+        raise UnknownSchema("unknown_schema", "topic and framing name different schemas")
+    for name, text in raw.headers:
+        if name == SCHEMA_HEADER and text != expected_name:
+            raise UnknownSchema("unknown_schema", "header and framing name different schemas")
+
+
+def _unfit_identity(record: Record) -> str | None:
+    """Why tenant, customer or meter cannot name an item. PostgreSQL's text cannot hold NUL."""
+    for name in ("tenant_id", "customer_ref", "meter"):
+        text = record[name]
+        if not 0 < len(text) <= 255 or "\x00" in text:
+            return f"invalid_{name}"
+    return None
+
+
+def _unfit(meter: Meter, key: str, quantity: int, occurred_us: int, arrival_us: int) -> str | None:
+    if not 0 < len(key) <= 255 or "\x00" in key:
+        return "invalid_idempotency_key"
+    if not -_QUANTITY_LIMIT <= quantity <= _QUANTITY_LIMIT:
+        return "quantity_out_of_range"
+    if quantity < 0 and not meter.allow_negative:
+        return "quantity_negative"
+    if occurred_us > arrival_us + FUTURE_TOLERANCE_US:
+        return "timestamp_in_future"
+    if occurred_us < EARLIEST_US:
+        return "timestamp_out_of_range"
+    return None
+
+
+#: 2000-01-01. Anything earlier is a unit mistake, not a late event.
+EARLIEST_US = 946_684_800_000_000
+
+
+def _identifiers(record: Record) -> dict[str, str]:
+    """What names the event, in any version; capped, and safe as header text."""
+    found = {
+        "event_id": record.get("idempotency_key", record.get("event_id")),
+        "tenant": record.get("tenant_id", record.get("tenant")),
+        "meter": record.get("meter", record.get("metric")),
+    }
+    return {name: text.replace("\x00", "\\0")[:255] for name, text in found.items() if isinstance(text, str)}
+
+
+def _dead_letter(index: int, reason: str, record: Record) -> Parked:
+    names = _identifiers(record)
+    return Parked(
+        index, "dead_lettered", reason, "validate", "", names.get("tenant", ""), names.get("meter", ""), names
+    )
+
+
+def _upcast_failure(index: int, reason: str, stage: str, error: Exception, record: Record) -> Parked:
+    names = _identifiers(record)
+    cause = error.__cause__ or error
+    return Parked(
+        index,
+        "upcast_failed",
+        reason,
+        stage,
+        type(cause).__name__,
+        names.get("tenant", ""),
+        names.get("meter", ""),
+        names,
+    )
+
+
+def parked_rows(chunk: Chunk, parked: Sequence[Parked], at_us: int) -> list[OutboxRow]:
+    """The outbox rows of parked records: the record on its topic, and one ops event each."""
+    rows: list[OutboxRow] = []
+    for one in parked:
+        raw = chunk.records[one.index]
+        source = Source(chunk.partition.topic, chunk.partition.partition, raw.offset, raw.timestamp)
+        dead = one.outcome == "dead_lettered"
+        rows.append(
+            parked_record(
+                topics.DEAD_LETTERS if dead else topics.UPCAST_FAILURES,
+                source,
+                raw.value or b"",
+                reason=one.reason,
+                stage=one.stage,
+                error_class=one.error_class,
+                service=SERVICE,
+                original_headers={name: text.decode("utf-8", "replace") for name, text in raw.headers},
+                **one.identifiers,
+            )
+        )
+        rows.append(
+            ops_event(
+                "usage_dead_lettered" if dead else "events_upcast_failed",
+                subject_type="usage_record",
+                subject_id=f"{source.topic}/{source.partition}/{source.offset}",
+                source="counters",
+                at_us=at_us,
+                attributes={
+                    "reason": one.reason,
+                    "schema_version": str(topics.USAGE_VERSIONS[source.topic]),
+                    **one.identifiers,
+                },
+            )
+        )
+    return rows

@@ -1,0 +1,127 @@
+"""Rows and topic records of adjustments and conflicts."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from schemas.catalog import current
+from services.counters.periods import hour_start
+from services.streaming.chunks import Chunk
+from services.wire import topics
+from services.wire.codec import Encoder
+from services.wire.records import OutboxRow, ops_event
+from services.wire.usage import QUANTITY_UNIT, record_key
+
+if TYPE_CHECKING:
+    from services.counters.ledger import FirstSeen
+    from services.counters.prepare import Event
+
+
+def _time(micros: int) -> datetime:
+    return datetime.fromtimestamp(micros / 1_000_000, UTC)
+
+
+def adjustment_row(
+    db: psycopg.Connection[Any], chunk: Chunk, event: Event, key: str, watermark_us: int
+) -> OutboxRow:
+    """Store an adjustment, pending or already carried forward, and return its record for the topic."""
+    index, event_id, _, item, occurred, quantity = event
+    raw, meter, tp = chunk.records[index], item.meter, chunk.partition
+    arrived = raw.timestamp * 1000
+    watermark = max(watermark_us, 0)
+    carried = meter.late_policy == "carry_forward"
+    db.execute(
+        "INSERT INTO adjustments "
+        "(adjustment_id, item_id, tenant_id, customer_ref, meter, "
+        "idempotency_key, quantity, occurred_at, arrived_at, watermark, policy, state, applied_hour, topic, "
+        'partition, "offset") '
+        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+        (
+            uuid.UUID(bytes=event_id),
+            uuid.UUID(bytes=item.item_id),
+            meter.tenant_id,
+            item.customer_ref,
+            meter.meter,
+            key,
+            Decimal(quantity) / QUANTITY_UNIT,
+            _time(occurred),
+            _time(arrived),
+            _time(watermark),
+            meter.late_policy,
+            "applied" if carried else "pending",
+            _time(hour_start(max(watermark, arrived))) if carried else None,
+            tp.topic,
+            tp.partition,
+            raw.offset,
+        ),
+    )
+    encoder = Encoder(current("adjustment"))
+    value = encoder.encode(
+        {
+            "adjustment_id": event_id.hex(),
+            "tenant_id": meter.tenant_id,
+            "customer_ref": item.customer_ref,
+            "meter": meter.meter,
+            "idempotency_key": key,
+            "quantity": quantity.to_bytes(16, "big", signed=True),
+            "occurred_at": occurred,
+            "arrived_at": arrived,
+            "watermark": watermark,
+            "policy": meter.late_policy,
+            "topic": tp.topic,
+            "partition": tp.partition,
+            "offset": raw.offset,
+        }
+    )
+    headers = {name: text.decode() for name, text in encoder.headers}
+    return OutboxRow(
+        topics.ADJUSTMENTS, record_key(meter.tenant_id, item.customer_ref, meter.meter), value, headers
+    )
+
+
+def conflict_row(
+    db: psycopg.Connection[Any], chunk: Chunk, event: Event, key: str, first: FirstSeen, now_us: int
+) -> list[OutboxRow]:
+    """Store a conflict, and return its record for the topic and its ops event."""
+    index, event_id, digest, item, _, _ = event
+    raw, tp, tenant_id = chunk.records[index], chunk.partition, item.meter.tenant_id
+    db.execute(
+        'INSERT INTO conflicts (tenant_id, idempotency_key, topic, partition, "offset") '
+        "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+        (tenant_id, key, tp.topic, tp.partition, raw.offset),
+    )
+    encoder = Encoder(current("conflict"))
+    value = encoder.encode(
+        {
+            "tenant_id": tenant_id,
+            "idempotency_key": key,
+            "first_topic": topics.USAGE_TOPICS[first.version],
+            "first_partition": first.partition,
+            "first_offset": first.offset,
+            "first_digest": first.digest.to_bytes(8, "big", signed=True),
+            "second_topic": tp.topic,
+            "second_partition": tp.partition,
+            "second_offset": raw.offset,
+            "second_digest": digest.to_bytes(8, "big", signed=True),
+            "second_record": raw.value or b"",
+            "detected_at": now_us,
+        }
+    )
+    headers = {name: text.decode() for name, text in encoder.headers}
+    record = OutboxRow(topics.CONFLICTS, json.dumps([tenant_id, key]).encode(), value, headers)
+    alarm = ops_event(
+        "usage_conflict",
+        subject_type="usage_record",
+        subject_id=f"{tp.topic}/{tp.partition}/{raw.offset}",
+        source="counters",
+        at_us=time.time_ns() // 1000,
+        attributes={"event_id_hash": event_id.hex(), "tenant": tenant_id, "meter": item.meter.meter},
+    )
+    return [record, alarm]
