@@ -1,0 +1,127 @@
+"""The v1 endpoints: each reads its parameters, does one thing, and returns Stripe's shape of the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from services.stripe_simulator.errors import Json, missing_object
+from services.stripe_simulator.events import MeterEvents
+from services.stripe_simulator.forms import Params
+from services.stripe_simulator.gateway import Call, Endpoint
+from services.stripe_simulator.ledger import Ledger, Origin
+from services.stripe_simulator.meters import (
+    METADATA_LENGTH_MAX,
+    Customer,
+    Meter,
+    Registry,
+    new_id,
+    read_customer,
+    read_meter,
+)
+from services.stripe_simulator.paging import Page
+from services.stripe_simulator.summaries import SummaryQuery, summarise
+
+CUSTOMERS = "/v1/customers"
+METERS = "/v1/billing/meters"
+
+
+class Api:
+    def __init__(self, registry: Registry, ledger: Ledger, events: MeterEvents) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._events = events
+
+    def endpoints(self) -> dict[tuple[str, str], Endpoint]:
+        """(method, route) → endpoint; the whole of the API that is simulated."""
+        return {
+            ("POST", "/v1/billing/meter_events"): Endpoint(self._create_event, self._events.subject),
+            ("POST", "/v1/billing/meter_event_adjustments"): Endpoint(self._cancel_event),
+            ("POST", METERS): Endpoint(self._create_meter),
+            ("GET", METERS): Endpoint(self._list_meters),
+            ("GET", f"{METERS}/{{id}}"): Endpoint(self._get_meter),
+            ("POST", f"{METERS}/{{id}}"): Endpoint(self._update_meter),
+            ("POST", f"{METERS}/{{id}}/deactivate"): Endpoint(self._deactivate_meter),
+            ("POST", f"{METERS}/{{id}}/reactivate"): Endpoint(self._reactivate_meter),
+            ("GET", f"{METERS}/{{id}}/event_summaries"): Endpoint(self._list_summaries),
+            ("POST", CUSTOMERS): Endpoint(self._create_customer),
+            ("GET", CUSTOMERS): Endpoint(self._list_customers),
+            ("GET", f"{CUSTOMERS}/{{id}}"): Endpoint(self._get_customer),
+            ("POST", f"{CUSTOMERS}/{{id}}"): Endpoint(self._update_customer),
+        }
+
+    def _create_event(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._events.create(params, origin)
+
+    def _cancel_event(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._events.cancel(params, origin)
+
+    # Meters. `metadata` is an addition of the simulator: Stripe's meters have none.
+
+    def _create_meter(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._kept(read_meter(params, new_id("mtr_test"), int(origin.received_at)))
+
+    def _list_meters(self, call: Call, params: Params, origin: Origin) -> Json:
+        page = Page.read(params)
+        status = params.choice("status", ("active", "inactive"))
+        params.finish()
+        newest_first = reversed([meter.to_json() for meter in self._registry.meters.values()])
+        chosen = [meter for meter in newest_first if status in (None, meter["status"])]
+        return page.of(chosen, METERS, "billing meter")
+
+    def _get_meter(self, call: Call, params: Params, origin: Origin) -> Json:
+        params.finish()
+        return self._registry.meter(call.parts["id"]).to_json()
+
+    def _update_meter(self, call: Call, params: Params, origin: Origin) -> Json:
+        meter = self._registry.meter(call.parts["id"])
+        display_name = params.text("display_name", length_max=250) or meter.display_name
+        metadata = params.text_map("metadata", length_max=METADATA_LENGTH_MAX) or {}
+        params.finish()
+        changed = replace(meter, display_name=display_name, metadata=meter.metadata | metadata)
+        return self._kept(replace(changed, updated=int(origin.received_at)))
+
+    def _deactivate_meter(self, call: Call, params: Params, origin: Origin) -> Json:
+        params.finish()
+        now = int(origin.received_at)
+        return self._kept(replace(self._registry.meter(call.parts["id"]), deactivated_at=now, updated=now))
+
+    def _reactivate_meter(self, call: Call, params: Params, origin: Origin) -> Json:
+        params.finish()
+        now = int(origin.received_at)
+        return self._kept(replace(self._registry.meter(call.parts["id"]), deactivated_at=None, updated=now))
+
+    def _kept(self, meter: Meter) -> Json:
+        self._registry.keep_meter(meter)
+        return meter.to_json()
+
+    def _list_summaries(self, call: Call, params: Params, origin: Origin) -> Json:
+        meter = self._registry.meter(call.parts["id"])
+        page = Page.read(params)
+        query = SummaryQuery.read(params)
+        if query.customer not in self._registry.customers:
+            raise missing_object("customer", query.customer, param="customer", status=400)
+        usage = self._ledger.usage(meter.id, query.customer, query.start, query.end, origin.received_at)
+        return page.of(summarise(usage, meter, query), call.path, "meter event summary")
+
+    # Customers
+
+    def _create_customer(self, call: Call, params: Params, origin: Origin) -> Json:
+        customer = read_customer(params, Customer(new_id("cus"), int(origin.received_at)))
+        self._registry.keep_customer(customer)
+        return customer.to_json()
+
+    def _list_customers(self, call: Call, params: Params, origin: Origin) -> Json:
+        page = Page.read(params)
+        email = params.text("email")
+        params.finish()
+        customers = [one for one in self._registry.customers.values() if email in (None, one.email)]
+        return page.of([one.to_json() for one in reversed(customers)], CUSTOMERS, "customer")
+
+    def _get_customer(self, call: Call, params: Params, origin: Origin) -> Json:
+        params.finish()
+        return self._registry.customer(call.parts["id"]).to_json()
+
+    def _update_customer(self, call: Call, params: Params, origin: Origin) -> Json:
+        customer = read_customer(params, self._registry.customer(call.parts["id"]))
+        self._registry.keep_customer(customer)
+        return customer.to_json()

@@ -1,0 +1,77 @@
+"""A small blocking client for `/_simulator/`, for tests and demos of any service."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+Json = dict[str, Any]
+TIMEOUT_SECONDS = 30
+
+
+class SimulatorControl:
+    """`SimulatorControl("http://127.0.0.1:12111").seed(customers=["cus_1"], meters=["api_calls"])`"""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._address = urlsplit(self.url)
+
+    def call(self, method: str, name: str, body: object = None, **query: str) -> Json:
+        """One control call; ValueError carries the refusal."""
+        connection = http.client.HTTPConnection(
+            self._address.hostname or "127.0.0.1", self._address.port, timeout=TIMEOUT_SECONDS
+        )
+        path = f"/_simulator/{name}" + (f"?{urlencode(query)}" if query else "")
+        try:
+            sent = None if body is None else json.dumps(body)
+            connection.request(method, path, sent, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer: Json = json.loads(response.read())
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            raise ValueError(f"{method} {path}: {response.status} {answer}")
+        return answer
+
+    def seed(self, *, customers: Iterable[str | Json] = (), meters: Iterable[str | Json] = ()) -> None:
+        """Customers by id, meters by event name; a meter named `api_calls` gets the id `mtr_api_calls`."""
+        people = [{"id": one} if isinstance(one, str) else one for one in customers]
+        kinds = [{"id": f"mtr_{one}", "event_name": one} if isinstance(one, str) else one for one in meters]
+        if people:
+            self.call("POST", "customers", {"customers": people})
+        if kinds:
+            self.call("POST", "meters", {"meters": kinds})
+
+    def ledger(self, **filters: str) -> Json:
+        return self.call("GET", "ledger", **filters)
+
+    def total(self, **filters: str) -> str:
+        return str(self.call("GET", "ledger", limit="1", **filters)["total"])
+
+    def totals(self, *, by_hour: bool = False) -> Json:
+        return self.call("GET", "totals", **({"by": "hour"} if by_hour else {}))
+
+    def stats(self) -> Json:
+        return self.call("GET", "stats")
+
+    def now(self) -> float:
+        return float(self.call("GET", "clock")["now"])
+
+    def advance(self, seconds: float) -> None:
+        self.call("POST", "clock", {"advance_seconds": seconds})
+
+    def set_clock(self, epoch_seconds: float) -> None:
+        self.call("POST", "clock", {"set": epoch_seconds})
+
+    def play(self, *faults: Json, seed: int | None = None) -> None:
+        """Put faults on the tape, after those already there."""
+        self.call("POST", "faults", {"faults": list(faults)} | ({} if seed is None else {"seed": seed}))
+
+    def clear_faults(self) -> None:
+        self.call("DELETE", "faults")
+
+    def reset(self) -> None:
+        self.call("POST", "reset")

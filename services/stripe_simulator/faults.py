@@ -1,0 +1,200 @@
+"""The fault tape: which request meets which failure, in order and repeatable from a seed.
+
+A rule names requests (`match`: path glob, method, nth or probability) and a fault. Every rule sees every
+request that it matches; the first rule on the tape that is due decides. A rule without nth or probability
+is due once, or `times` times; a `probability` is always due, with that chance; `nth` counts matching
+requests from 1.
+
+fault                  what the client sees, and what was done
+ok                     the ordinary answer: a blank on the tape
+status 429, 409        refused before execution; `reason` sets Stripe-Rate-Limited-Reason; `lock_timeout`
+status 500             stored for the key and replayed for a day; `applied` says whether the event counted
+status 502, 503, 504   a gateway in front of the API failed; that answer is never stored (a choice).
+                       `applied`: the API behind did its work and stored its own result, so the same key then
+                       replays the success; otherwise the API saw nothing
+reset_before_apply     connection reset (RST), nothing done
+reset_after_apply      done and stored, then the connection is reset
+cut_body               done and stored; Content-Length promises more than is sent, then the connection closes
+stall_before_answer    done and stored; the answer follows after `seconds`
+stall_body             done and stored; headers and half the body, then nothing for `seconds`, then a reset
+slow                   stays in flight for `seconds`, then works as usual
+
+With `"remember": false` the API forgets the key of an executed request, so that the same key meets the
+duplicate-identifier refusal instead of a replay.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from services.stripe_simulator.errors import Answer, ApiError, Json, TooManyRequests
+
+NAMES = frozenset(
+    {
+        "ok",
+        "status",
+        "reset_before_apply",
+        "reset_after_apply",
+        "cut_body",
+        "stall_before_answer",
+        "stall_body",
+        "slow",
+    }
+)
+STATUSES = frozenset({409, 429, 500, 502, 503, 504})
+RULES_MAX = 1000
+SECONDS_DEFAULT = 30.0
+SECONDS_MAX = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    name: str = "ok"
+    status: int = 0
+    applied: bool = False
+    reason: str | None = None
+    lock_timeout: bool = False
+    seconds: float = SECONDS_DEFAULT
+    remember: bool = True
+
+    @property
+    def label(self) -> str:
+        if self.name != "status":
+            return self.name
+        return f"{self.status}_applied" if self.applied else str(self.status)
+
+    @property
+    def is_gateway(self) -> bool:
+        return self.status in (502, 503, 504)
+
+    @property
+    def resets(self) -> bool:
+        return self.name in ("reset_before_apply", "reset_after_apply")
+
+    def before_execution(self) -> Answer | None:
+        """The answer of a request that is never executed, or None."""
+        if self.status == 429:
+            return TooManyRequests(self.reason, lock_timeout=self.lock_timeout).answer()
+        if self.status == 409:
+            message = "There are too many concurrent requests for this customer and meter."
+            return ApiError(message, code="too_many_concurrent_requests", status=409).answer()
+        if self.is_gateway and not self.applied:
+            return self.gateway_answer()
+        if self.name == "reset_before_apply":
+            return Answer(0, b"")
+        return None
+
+    def gateway_answer(self) -> Answer:
+        if self.status == 503:
+            unavailable = ApiError("Service temporarily unavailable.", status=503)
+            unavailable.type = "api_error"
+            return unavailable.answer()
+        title = {502: "502 Bad Gateway", 504: "504 Gateway Time-out"}[self.status]
+        body = f"<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>"
+        return Answer(self.status, body.encode(), content_type="text/html")
+
+
+NO_FAULT = Fault()
+
+
+@dataclass(slots=True)
+class Rule:
+    fault: Fault
+    path: str = "*"
+    method: str | None = None
+    nth: int | None = None
+    probability: float | None = None
+    times: int | None = None
+    seen: int = 0
+    played: int = 0
+
+    def matches(self, method: str, path: str) -> bool:
+        return self.method in (None, method) and (self.path == "*" or fnmatchcase(path, self.path))
+
+    @property
+    def spent(self) -> bool:
+        if self.times is not None and self.played >= self.times:
+            return True
+        return self.nth is not None and self.seen >= self.nth
+
+    def due(self, dice: random.Random) -> bool:
+        """Whether this rule, not spent before, wants the request it has just seen."""
+        if self.nth is not None:
+            return self.seen == self.nth
+        return self.probability is None or dice.random() < self.probability
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+
+def read_rule(given: Any) -> Rule:
+    """One entry of POST /_simulator/faults; ValueError says what is wrong with it."""
+    if not isinstance(given, dict):
+        raise ValueError("a fault is an object with `fault` and, optionally, `match`")
+    fields = dict(given)
+    match = fields.pop("match", {})
+    times = fields.pop("times", None)
+    name = fields.pop("fault", None)
+    if name not in NAMES:
+        raise ValueError(f"fault must be one of {', '.join(sorted(NAMES))}")
+    if (name == "status") != (fields.get("status") in STATUSES):
+        raise ValueError(f"fault status, and no other, takes a status of {sorted(STATUSES)}")
+    if not 0 <= fields.get("seconds", SECONDS_DEFAULT) <= SECONDS_MAX:
+        raise ValueError(f"seconds must lie between 0 and {SECONDS_MAX}")
+    try:
+        fault = Fault(name=name, **fields)
+        rule = Rule(fault, **match, times=times)
+    except TypeError as error:
+        raise ValueError(f"unknown field: {error}") from error
+    counts_are_whole = all(isinstance(count, int | None) for count in (rule.nth, rule.times))
+    if not counts_are_whole or not isinstance(rule.probability, int | float | None):
+        raise ValueError("nth and times are whole numbers, probability is a number")
+    if rule.nth is None and rule.probability is None and rule.times is None:
+        rule.times = 1
+    return rule
+
+
+class FaultTape:
+    def __init__(self, seed: int) -> None:
+        self._rules: list[Rule] = []
+        self._spent: list[Rule] = []
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        self._dice = random.Random(seed)  # noqa: S311  repeatable faults, not secrets
+
+    def extend(self, rules: list[Rule]) -> None:
+        if len(self._rules) + len(rules) > RULES_MAX:
+            raise ValueError(f"the tape holds at most {RULES_MAX} rules")
+        self._rules.extend(rules)
+
+    def clear(self) -> None:
+        self._rules.clear()
+        self._spent.clear()
+
+    def pick(self, method: str, path: str) -> Fault | None:
+        """The fault for this request; None when no rule wants it."""
+        chosen: Rule | None = None
+        for rule in self._rules:
+            if not rule.matches(method, path):
+                continue
+            rule.seen += 1
+            if chosen is None and rule.due(self._dice):
+                chosen = rule
+        if chosen is not None:
+            chosen.played += 1
+        self._set_spent_aside()
+        return None if chosen is None else chosen.fault
+
+    def to_json(self) -> list[Json]:
+        """Rules still at work, then those that are spent, with what each saw and played."""
+        return [rule.to_json() for rule in (*self._rules, *self._spent)]
+
+    def _set_spent_aside(self) -> None:
+        spent = [rule for rule in self._rules if rule.spent]
+        if spent:
+            self._spent = [*self._spent, *spent][-RULES_MAX:]
+            self._rules = [rule for rule in self._rules if not rule.spent]

@@ -1,0 +1,41 @@
+"""The parts of one running simulator, put together once, and how to empty them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+from services.stripe_simulator.clock import Clock
+from services.stripe_simulator.config import SimulatorConfig
+from services.stripe_simulator.faults import FaultTape
+from services.stripe_simulator.gateway import Endpoint, Gateway
+from services.stripe_simulator.ledger import Ledger
+from services.stripe_simulator.meters import Registry
+from services.stripe_simulator.observations import Observations
+from services.stripe_simulator.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Simulator:
+    config: SimulatorConfig
+    store: Store
+    clock: Clock
+    registry: Registry
+    ledger: Ledger
+    observations: Observations
+    faults: FaultTape
+    dice: random.Random
+    gateway: Gateway
+    endpoints: dict[tuple[str, str], Endpoint]
+    closing: asyncio.Event
+
+    def reset(self) -> None:
+        """Back to an empty account at real time, with the seed started over."""
+        self.store.clear()
+        self.registry.load()
+        self.faults.clear()
+        self.faults.reseed(self.config.seed)
+        self.dice.seed(self.config.seed)
+        self.clock.offset_seconds = 0.0
+        self.observations.reset()
