@@ -1,0 +1,163 @@
+"""The pusher process: deltas become intents in one transaction with the position; the sender sends them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from schemas.catalog import current
+from services.pusher.journal import PRODUCER, record_intents
+from services.pusher.sender import Sender, SenderConfig
+from services.pusher.sinks import Sink
+from services.pusher.sinks.stripe import StripeSink
+from services.streaming import breaker, offsets, outbox
+from services.streaming.chunks import Chunk
+from services.streaming.database import TRANSIENT_ERRORS, Database
+from services.streaming.observe import Health
+from services.streaming.worker import Applied, Worker
+from services.wire.codec import Decoder, Record
+from services.wire.errors import OffsetGap, Poison, UnknownSchema, require
+from services.wire.kafka import AckedProducer
+from services.wire.records import OutboxRow, Source, ops_event, parked_record
+from services.wire.registry import decoder_for
+from services.wire.settings import Settings
+from services.wire.topics import DEAD_LETTERS, DELTAS
+
+log = structlog.get_logger(__name__)
+
+GROUP = PRODUCER
+_RELAY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """A chunk of deltas.v1: what could be read, by index, and why the rest could not."""
+
+    chunk: Chunk
+    records: dict[int, Record]
+    refused: dict[int, Poison]
+
+
+class Intents:
+    """The chunk handler of the pusher group."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._schema = current("usage_delta")
+
+    def prepare(self, chunk: Chunk) -> Deltas:
+        """Decode every delta."""
+        records: dict[int, Record] = {}
+        refused: dict[int, Poison] = {}
+        for index, raw in enumerate(chunk.records):
+            try:
+                schema, record = self._decoder.decode(raw.value or b"")
+                if schema is not self._schema:
+                    raise UnknownSchema("unknown_schema", "not a usage_delta of this release")
+                records[index] = record
+            except Poison as error:
+                refused[index] = error
+        return Deltas(chunk, records, refused)
+
+    def apply(self, db: offsets.Connection, prepared: Deltas) -> Applied:
+        """Store the intents and move the position, in one transaction.
+
+        Raises:
+            OffsetGap: the chunk begins above the stored position.
+            Broken: a known identifier comes with other content.
+        """
+        chunk = prepared.chunk
+        with db.transaction():
+            position = offsets.lock_position(db, GROUP, chunk.partition)
+            require(position is not None, f"no position for {chunk.partition}")
+            assert position is not None  # noqa: S101  (for the type checker; require() is the check)
+            if position.halted is not None or chunk.next_offset <= position.next_offset:
+                return Applied(position.next_offset, halted=position.halted)
+            if chunk.first_offset > position.next_offset:
+                raise OffsetGap(f"{chunk.partition} is at {position.next_offset}")
+            fresh = [i for i, raw in enumerate(chunk.records) if raw.offset >= position.next_offset]
+            parked, trip = breaker.feed(
+                position.parked_offsets, (chunk.records[i].offset for i in fresh if i in prepared.refused)
+            )
+            taken = [i for i in fresh if trip is None or chunk.records[i].offset < trip]
+            record_intents(db, [prepared.records[i] for i in taken if i in prepared.records])
+            rows = [
+                row for i in taken if i in prepared.refused for row in _parked(chunk, i, prepared.refused[i])
+            ]
+            outbox.enqueue(db, GROUP, rows)
+            next_offset = chunk.next_offset if trip is None else trip
+            offsets.advance(db, GROUP, chunk.partition, next_offset, parked)
+            halted = None if trip is None else "too_many_parked"
+            if halted is not None:
+                offsets.halt(db, GROUP, chunk.partition, halted)
+        return Applied(next_offset, outbox_rows=len(rows), halted=halted)
+
+
+def _parked(chunk: Chunk, index: int, error: Poison) -> list[OutboxRow]:
+    raw, tp = chunk.records[index], chunk.partition
+    source = Source(tp.topic, tp.partition, raw.offset, raw.timestamp)
+    return [
+        parked_record(
+            DEAD_LETTERS,
+            source,
+            raw.value or b"",
+            reason=error.reason,
+            stage="decode",
+            error_class=type(error).__name__,
+            service="tidemeter-pusher",
+            original_headers={name: text.decode("utf-8", "replace") for name, text in raw.headers},
+        ),
+        ops_event(
+            "delta_dead_lettered",
+            subject_type="delta_record",
+            subject_id=f"{tp.topic}/{tp.partition}/{raw.offset}",
+            source="pusher",
+            at_us=int(datetime.now(UTC).timestamp() * 1_000_000),
+            attributes={"reason": error.reason},
+        ),
+    ]
+
+
+async def run(settings: Settings, sink: Sink | None = None) -> None:
+    """Run one pusher until it is told to stop.
+
+    Raises:
+        Misconfigured: no Stripe key, or a live one that was not allowed.
+    """
+    sink = sink or StripeSink.from_settings(settings)
+    health = Health()
+    sender = Sender(settings.postgres(), sink, SenderConfig.from_settings(settings))
+    health.checks["sender"] = sender.check
+    worker = Worker(
+        settings,
+        group=GROUP,
+        topics=[DELTAS],
+        handler=Intents(decoder_for(settings)),
+        health=health,
+        after_apply=sender.wake,
+    )
+    try:
+        await worker.run(sender.run, _relay_loop(settings))
+    finally:
+        await sink.close()
+
+
+def _relay_loop(settings: Settings) -> Callable[[], Awaitable[None]]:
+    """Send the ops events that the sender wrote, on a connection and a producer of their own."""
+    database = Database(settings.postgres(), "pusher-relay")
+    kafka = AckedProducer(settings.kafka())
+
+    async def loop() -> None:
+        while True:
+            try:
+                await asyncio.to_thread(lambda: outbox.relay(database.connection(), GROUP, kafka))
+            except TRANSIENT_ERRORS as error:
+                log.warning("ops events wait", error=error)
+                await asyncio.to_thread(database.reset)
+            await asyncio.sleep(_RELAY_SECONDS)
+
+    return loop

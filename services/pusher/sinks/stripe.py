@@ -1,0 +1,217 @@
+"""Meter events to Stripe, by its own library.
+
+What the library does not do, done here: it raises builtin and aiohttp exceptions for cut and stalled bodies,
+hides most error codes in ``error.error``, makes up a new Idempotency-Key for each call, and sends telemetry.
+The rule for answers: only a 2xx that names our identifier is delivered, only Stripe's own JSON error with a
+4xx status is a refusal, and everything else, whatever its type, is unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from decimal import Decimal
+from typing import Any
+
+import aiohttp
+import stripe
+import structlog
+
+from services.pusher.intents import HOUR, Answer, Intent, Meaning, plain_decimal
+from services.wire.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+#: docs.stripe.com/changelog/dahlia/2026-04-22/billing-meter-event-values-validation
+DIGITS_MAX = 15
+METERS_MAX = 10_000
+_REPEATED = re.compile(r"already exists with identifier (\S+?)\.?$")
+_BUSY_CODES = frozenset({"too_many_concurrent_requests", "lock_timeout", "rate_limit"})
+_CODE = re.compile(r"[a-z0-9_]{1,64}")
+_NEVER_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+
+
+class StripeSink:
+    """One Stripe account. Must be used from one event loop."""
+
+    def __init__(
+        self, api_key: str, *, api_base: str | None, timeout_seconds: float, connections_max: int
+    ) -> None:
+        stripe.enable_telemetry = False
+        self._key = api_key
+        self._base = api_base
+        self._timeout_seconds = timeout_seconds
+        self._connections_max = connections_max
+        self._http: aiohttp.ClientSession | None = None
+        self._client: stripe.StripeClient | None = None
+        self._meter_ids: dict[str, str] = {}
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> StripeSink:
+        """The account and limits the operator configured.
+
+        Raises:
+            Misconfigured: no key, or a live key that was not allowed.
+        """
+        return cls(
+            settings.stripe_key(),
+            api_base=settings.stripe_api_base,
+            timeout_seconds=settings.stripe_timeout_seconds,
+            connections_max=settings.stripe_concurrency,
+        )
+
+    async def send(self, intent: Intent) -> Answer:
+        """One POST /v1/billing/meter_events under the intent's identifier."""
+        value = plain_decimal(intent.amount)
+        if len(value.lstrip("-").replace(".", "").lstrip("0")) > DIGITS_MAX:
+            return Answer(Meaning.REFUSED, "meter_event_value_too_many_digits")
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                event = await self._connected().v1.billing.meter_events.create_async(
+                    {
+                        "event_name": intent.event_name,
+                        "identifier": intent.identifier,
+                        "timestamp": int(intent.event_at.timestamp()),
+                        "payload": {
+                            intent.customer_payload_key: intent.stripe_customer,
+                            intent.value_payload_key: value,
+                        },
+                    },
+                    {"idempotency_key": intent.identifier, "max_network_retries": 0},
+                )
+            if event.identifier != intent.identifier:
+                return Answer(Meaning.UNKNOWN, "foreign_answer", 200)
+            return Answer(Meaning.DELIVERED, None, 200, _request_id(event.last_response))
+        except Exception as error:
+            return answer_of(error, intent.identifier)
+
+    async def applied_total(self, intent: Intent) -> Decimal | None:
+        """The hour's meter event summary."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                meter_id = await self._meter_id(intent.event_name)
+                if meter_id is None:
+                    return None
+                start = int(intent.hour_start.timestamp())
+                page = await self._connected().v1.billing.meters.event_summaries.list_async(
+                    meter_id,
+                    {
+                        "customer": intent.stripe_customer,
+                        "start_time": start,
+                        "end_time": start + int(HOUR.total_seconds()),
+                        "value_grouping_window": "hour",
+                    },
+                )
+                hours = [summary async for summary in page.auto_paging_iter()]
+            total = sum((Decimal(repr(hour.aggregated_value)) for hour in hours), Decimal(0))
+            return total if total.is_finite() else None
+        except Exception as error:
+            log.warning("summary not read", error=error)
+            return None
+
+    async def close(self) -> None:
+        """Close the connections; the next call opens new ones."""
+        if self._http is not None:
+            await self._http.close()
+        self._http = self._client = None
+
+    def _connected(self) -> stripe.StripeClient:
+        if self._client is None:
+            trust = ssl.create_default_context(cafile=stripe.ca_bundle_path)
+            connector = aiohttp.TCPConnector(ssl=trust, limit=self._connections_max + 1)
+            limits = aiohttp.ClientTimeout(total=self._timeout_seconds)
+            self._http = aiohttp.ClientSession(
+                connector=connector, timeout=limits, cookie_jar=aiohttp.DummyCookieJar()
+            )
+            self._client = stripe.StripeClient(
+                self._key,
+                base_addresses={"api": self._base.rstrip("/")} if self._base else None,
+                max_network_retries=0,
+                http_client=stripe.AIOHTTPClient(timeout=limits, session=self._http),
+            )
+        return self._client
+
+    async def _meter_id(self, event_name: str) -> str | None:
+        """Id of the meter, if it is one whose summaries add up what was sent."""
+        if event_name not in self._meter_ids:
+            page = await self._connected().v1.billing.meters.list_async({"limit": 100})
+            seen = 0
+            async for meter in page.auto_paging_iter():
+                seen += 1
+                if seen > METERS_MAX:
+                    return None
+                adds_up = meter.default_aggregation.formula == "sum" and meter.event_time_window is None
+                if meter.event_name == event_name and adds_up:
+                    self._meter_ids[event_name] = meter.id
+        return self._meter_ids.get(event_name)
+
+
+def answer_of(error: Exception, identifier: str) -> Answer:
+    """What an exception out of the library, or out of the transport beneath it, meant."""
+    if not isinstance(error, stripe.StripeError):
+        return Answer(Meaning.UNKNOWN, _class_code(error))
+    if isinstance(error.__cause__, _NEVER_CONNECTED):
+        return Answer(Meaning.NOT_SENT, "not_connected")
+    detail = error.error
+    status = error.http_status
+    if status is None or detail is None:
+        return Answer(Meaning.UNKNOWN, _class_code(error), status)
+    code = getattr(detail, "code", None)
+    code = code if isinstance(code, str) and _CODE.fullmatch(code) else None
+    meaning, reason = _refusal(
+        status, code, getattr(detail, "type", None), str(error.user_message), identifier
+    )
+    return Answer(meaning, reason, status, error.request_id)
+
+
+def _refusal(
+    status: int, code: str | None, kind: str | None, message: str, identifier: str
+) -> tuple[Meaning, str | None]:
+    """Meaning and code of Stripe's own error object."""
+    if status >= 500 or status < 400 or status == 408:
+        return Meaning.UNKNOWN, code or f"http_{status}"
+    if status == 429 or code in _BUSY_CODES:
+        return Meaning.THROTTLED, code or "http_429"
+    if status == 409:
+        return Meaning.UNKNOWN, code or "http_409"
+    if status in (401, 403):
+        return Meaning.UNAUTHORISED, code or f"http_{status}"
+    if kind == "idempotency_error":
+        return Meaning.REFUSED, "idempotency_mismatch"
+    repeated = _REPEATED.search(message)
+    if code == "duplicate_meter_event" or (repeated is not None and repeated[1] == identifier):
+        return Meaning.ALREADY_DELIVERED, "already_exists"
+    if repeated is not None:
+        return Meaning.UNKNOWN, "foreign_answer"
+    if status == 404 and message.startswith("Unrecognized request URL"):
+        return Meaning.UNAUTHORISED, "unrecognized_url"
+    return Meaning.REFUSED, code or _code_of(message)
+
+
+#: Refusals that carry no code, by what their message says. The message itself is never kept.
+_MESSAGES = (
+    ("timestamp", "more than 35 days", "timestamp_too_far_in_past"),
+    ("timestamp", "future", "timestamp_in_future"),
+    ("value", "digits", "meter_event_value_too_many_digits"),
+    ("value", "", "meter_event_invalid_value"),
+    ("No such customer", "", "meter_event_customer_not_found"),
+    ("meter", "", "no_meter"),
+)
+
+
+def _code_of(message: str) -> str:
+    for first, second, code in _MESSAGES:
+        if first in message and second in message:
+            return code
+    return "refused"
+
+
+def _class_code(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, stripe.APIConnectionError) and error.__cause__ else error
+    return type(cause).__name__
+
+
+def _request_id(response: Any) -> str | None:
+    found = getattr(response, "request_id", None)
+    return found if isinstance(found, str) else None

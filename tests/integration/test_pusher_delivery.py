@@ -1,0 +1,893 @@
+"""The sender against a real PostgreSQL and the Stripe simulator.
+
+The oracle is the simulator's ledger of applied events, never what the journal or the summaries claim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from aiohttp import web
+
+from services.pusher import journal
+from services.pusher.intents import Answer, Intent, Policy
+from services.pusher.sender import Sender, SenderConfig
+from services.pusher.sinks import Sink
+from services.pusher.sinks.stripe import StripeSink
+from services.pusher.sinks.webhook import WebhookSink
+from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
+from services.wire.codec import Decoder, Record
+from services.wire.errors import Broken
+
+ROOT = Path(__file__).parents[2]
+KEY = "sk_test_pusher"
+HOUR = timedelta(hours=1)
+EVENT = "api_calls"
+
+SENDER_PROGRAM = """
+import asyncio, os, sys
+from services.pusher.sender import Sender, SenderConfig
+from services.pusher.sinks.stripe import StripeSink
+from services.wire.log import configure_logging
+
+async def main():
+    configure_logging("debug", "json")
+    timeout = float(os.environ["CALL_TIMEOUT"])
+    sink = StripeSink(os.environ["STRIPE_KEY"], api_base=os.environ["STRIPE_BASE"], timeout_seconds=timeout,
+                      connections_max=16)
+    config = SenderConfig(rate_per_second=2000, concurrency=16, call_timeout_seconds=timeout)
+    sender = Sender(os.environ["DSN"], sink, config)
+    print("running", flush=True)
+    await sender.run()
+
+asyncio.run(main())
+"""
+
+
+def identifier_of(*parts: object) -> str:
+    return "d" + blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
+
+def micros(moment: datetime) -> int:
+    return int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
+
+
+def this_hour() -> datetime:
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+
+
+def delta(
+    customer: str = "cus_1",
+    amount: str = "1",
+    *,
+    hours_ago: int = 0,
+    sequence: int = 1,
+    event_name: str = EVENT,
+    tenant: str = "acme",
+) -> Record:
+    """A decoded ``usage_delta``, as the agent hands it over."""
+    hour = this_hour() - hours_ago * HOUR
+    month = hour.replace(day=1, hour=0)
+    item = uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {customer} {event_name}")
+    return {
+        "identifier": identifier_of(item, hour, sequence),
+        "item_id": item.bytes,
+        "tenant_id": tenant,
+        "customer_ref": f"ref-{customer}",
+        "meter": event_name,
+        "stripe_customer": customer,
+        "event_name": event_name,
+        "customer_payload_key": "stripe_customer_id",
+        "value_payload_key": "value",
+        "period_start": micros(month),
+        "period_end": micros((month + timedelta(days=32)).replace(day=1)),
+        "hour_start": micros(hour),
+        "event_at": micros(hour),
+        "sequence": sequence,
+        "amount": int(Decimal(amount).scaleb(9)).to_bytes(16, "big", signed=True),
+        "closed_at": micros(datetime.now(UTC)),
+    }
+
+
+def amount_of(record: Record) -> Decimal:
+    return Decimal(int.from_bytes(record["amount"], "big", signed=True)).scaleb(-9)
+
+
+class World:
+    """One journal, one simulator, and a clock for the sender that moves with the simulator's."""
+
+    def __init__(self, dsn: str, stripe: SimulatorControl) -> None:
+        self.dsn = dsn
+        self.stripe = stripe
+        self.offset = timedelta()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.offset
+
+    def advance(self, by: timedelta) -> None:
+        self.offset += by
+        self.stripe.advance(by.total_seconds())
+
+    def sql(self, query: Any, values: Any = None) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.dsn, autocommit=True) as db:
+            cursor = db.execute(query, values)
+            return cursor.fetchall() if cursor.description else []
+
+    def close(self, *deltas: Record) -> None:
+        """What the counters do when they close deltas, and the agent when it receives them."""
+        with psycopg.connect(self.dsn) as db:
+            for one in deltas:
+                item, hour, month, end = (
+                    uuid.UUID(bytes=one["item_id"]),
+                    *(
+                        datetime.fromtimestamp(one[f] / 1e6, UTC)
+                        for f in ("hour_start", "period_start", "period_end")
+                    ),
+                )
+                db.execute(
+                    "INSERT INTO items (item_id, tenant_id, customer_ref, meter, watermark) "
+                    "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                    (item, one["tenant_id"], one["customer_ref"], one["meter"], hour),
+                )
+                db.execute(
+                    "INSERT INTO item_periods AS p (item_id, period_start, period_end, open_deltas) "
+                    "VALUES (%s, %s, %s, 1) "
+                    "ON CONFLICT (item_id, period_start) DO UPDATE SET open_deltas = p.open_deltas + 1",
+                    (item, month, end),
+                )
+                db.execute(
+                    "INSERT INTO buckets AS b (item_id, hour_start, period_start, total, events, "
+                    "late_events, closed, pushed, sequence, first_arrival, last_arrival) "
+                    "VALUES (%(i)s, %(h)s, %(p)s, %(a)s, 1, 0, %(a)s, %(a)s, 1, now(), now()) "
+                    "ON CONFLICT (item_id, hour_start, period_start) DO UPDATE SET "
+                    "total = b.total + excluded.total, closed = b.closed + excluded.closed, "
+                    "pushed = b.pushed + excluded.pushed",
+                    {"i": item, "h": hour, "p": month, "a": amount_of(one)},
+                )
+            journal.record_intents(db, deltas)
+
+    def states(self) -> dict[str, int]:
+        return dict(self.sql("SELECT state, count(*) FROM meter_events GROUP BY state"))
+
+    def open_deltas(self) -> int:
+        return int(self.sql("SELECT coalesce(sum(open_deltas), 0) FROM item_periods")[0][0])
+
+    def reported(self) -> Decimal:
+        return Decimal(
+            self.sql("SELECT coalesce(sum(amount), 0) FROM meter_events WHERE state = 'reported'")[0][0]
+        )
+
+    def ops_events(self) -> list[Record]:
+        rows = self.sql("SELECT value FROM outbox WHERE producer = 'tidemeter-pusher' ORDER BY outbox_id")
+        return [Decoder().decode(bytes(value))[1] for (value,) in rows]
+
+    def billed(self) -> Decimal:
+        return Decimal(self.stripe.total())
+
+    def sink(self, key: str = KEY, timeout: float = 2.0) -> StripeSink:
+        return StripeSink(key, api_base=self.stripe.url, timeout_seconds=timeout, connections_max=16)
+
+    @contextlib.asynccontextmanager
+    async def sending(
+        self,
+        sink: Sink | None = None,
+        *,
+        policy: Policy | None = None,
+        rate: float = 5000,
+        timeout: float = 2.0,
+    ) -> AsyncIterator[Sender]:
+        wanted = sink or self.sink(timeout=timeout)
+        config = SenderConfig(
+            rate_per_second=rate,
+            call_timeout_seconds=timeout,
+            policy=policy or Policy(backoff_base_seconds=0.05, backoff_cap_seconds=0.2),
+        )
+        dice = random.Random(7)  # noqa: S311  repeatable, not secret
+        sender = Sender(self.dsn, wanted, config, clock=self.now, chance=dice.random)
+        await sender.start()
+        try:
+            yield sender
+        finally:
+            await sender.stop()
+            await wanted.close()
+
+    def spawn(
+        self, *, fault: str | None = None, log: Path | None = None, timeout: float = 2.0
+    ) -> subprocess.Popen[str]:
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DSN": self.dsn,
+            "STRIPE_BASE": self.stripe.url,
+            "STRIPE_KEY": KEY,
+            "CALL_TIMEOUT": str(timeout),
+        }
+        if fault is not None:
+            env |= {"TIDEMETER_FAULT_POINT": fault, "TIDEMETER_FAULT_LOG": str(log)}
+        return subprocess.Popen(
+            [sys.executable, "-c", SENDER_PROGRAM],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def world(postgres_dsn: str) -> Iterator[World]:
+    with psycopg.connect(postgres_dsn, autocommit=True) as db:
+        db.execute("TRUNCATE meter_events, item_periods, buckets, items, outbox")
+    with running_simulator(SimulatorConfig(port=0, rate_per_second=100_000)) as stripe:
+        stripe.seed(customers=[f"cus_{n}" for n in range(300)], meters=[EVENT, "storage"])
+        yield World(postgres_dsn, stripe)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.05)
+
+
+def settled(world: World) -> bool:
+    return not set(world.states()) & {"pending", "in_flight", "in_doubt"}
+
+
+def no_call_left(world: World) -> bool:
+    return not set(world.states()) & {"pending", "in_flight"}
+
+
+@contextlib.contextmanager
+def killed_at_the_end(*processes: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.communicate()
+
+
+# -- Delivery ----------------------------------------------------------------------------------------
+
+
+def test_each_delta_is_billed_once_and_its_item_period_is_free_again(world: World) -> None:
+    deltas = [delta(f"cus_{n}", f"{n}.5", hours_ago=h) for n in range(1, 20) for h in range(3)]
+    world.close(*deltas)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": len(deltas)}
+    assert world.billed() == sum(map(amount_of, deltas)) == world.reported()
+    assert world.open_deltas() == 0
+    assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
+    assert world.ops_events() == []
+
+
+def test_two_customers_on_one_meter_have_separate_totals(world: World) -> None:
+    world.close(delta("cus_1", "5"), delta("cus_2", "7"), delta("cus_1", "-2", sequence=2))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.stripe.total(customer="cus_1") == "3"
+    assert world.stripe.total(customer="cus_2") == "7"
+
+
+def test_the_values_and_times_of_a_delta_arrive_as_plain_text_and_seconds(world: World) -> None:
+    one = delta("cus_1", "1200.000000100", hours_ago=34 * 24)
+    world.close(one)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    (row,) = world.stripe.ledger()["rows"]
+    assert row["value"] == "1200.0000001"
+    assert row["timestamp"] == one["event_at"] // 1_000_000
+    assert row["identifier"] == row["idempotency_key"] == one["identifier"]
+
+
+def test_a_delta_that_is_delivered_again_changes_nothing(world: World) -> None:
+    one = delta()
+    world.close(one)
+
+    async def scenario() -> None:
+        async with world.sending() as sender:
+            await until(lambda: settled(world))
+            with psycopg.connect(world.dsn) as db:
+                assert journal.record_intents(db, [one, one, delta("cus_2")]) == 1
+                db.rollback()
+                assert journal.record_intents(db, [one, one]) == 0
+            sender.wake()
+            await asyncio.sleep(0.3)
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 1}
+    assert world.stripe.stats()["applied"] == 1
+
+
+def test_one_identifier_with_two_amounts_is_broken(world: World) -> None:
+    world.close(delta(amount="1"))
+    with psycopg.connect(world.dsn) as db, pytest.raises(Broken):
+        journal.record_intents(db, [delta(amount="2")])
+    with psycopg.connect(world.dsn) as db, pytest.raises(Broken):
+        journal.record_intents(db, [delta("cus_9", amount="1"), delta("cus_9", amount="2")])
+
+
+def test_a_repeated_identifier_is_success(world: World) -> None:
+    """Stripe accepted, forgot the key, and the answer was lost: the retry is told that it exists."""
+    world.stripe.play({"fault": "reset_after_apply", "remember": False, "match": {"path": "*/meter_events"}})
+    world.close(delta(amount="4"))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 1}
+    assert world.billed() == 4
+    assert world.stripe.stats()["duplicates_refused"] == 1
+    assert world.sql("SELECT error_code, http_status FROM meter_events") == [("already_exists", 400)]
+
+
+def test_a_refused_intent_fails_once_with_one_ops_event_and_frees_its_item_period(world: World) -> None:
+    world.close(delta("cus_nobody"), delta("cus_1"))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"failed": 1, "reported": 1}
+    assert world.open_deltas() == 0
+    (event,) = world.ops_events()
+    assert (event["name"], event["source"], event["subject_id"]) == (
+        "meter_reporting_failed",
+        "sync",
+        delta("cus_nobody")["identifier"],
+    )
+    assert event["attributes"]["reason"] == "resource_missing"
+    assert "cus_nobody" not in json.dumps(event)
+
+
+def test_usage_older_than_stripe_takes_fails_without_a_call(world: World) -> None:
+    world.close(delta(hours_ago=36 * 24))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.sql("SELECT state, error_code FROM meter_events") == [("failed", "too_old_for_stripe")]
+    assert world.stripe.stats()["requests"] == []
+    assert world.open_deltas() == 0
+    assert [event["attributes"]["reason"] for event in world.ops_events()] == ["too_old_for_stripe"]
+
+
+def test_the_nearest_end_of_a_period_goes_first(world: World) -> None:
+    early, late = delta("cus_1"), delta("cus_2")
+    late["period_end"] += micros(datetime(1970, 1, 2, tzinfo=UTC))
+    world.close(late, early)
+
+    async def scenario() -> None:
+        async with world.sending(rate=1):
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert [row["customer"] for row in world.stripe.ledger()["rows"]] == ["cus_1", "cus_2"]
+
+
+def test_the_configured_rate_is_kept(world: World) -> None:
+    world.close(*(delta(f"cus_{n}") for n in range(120)))
+
+    async def scenario() -> None:
+        async with world.sending(rate=40):
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert 30 <= world.stripe.stats()["max_meter_events_in_one_second"] <= 42
+
+
+# -- Kills -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["pusher.in_flight_committed", "pusher.answered", "pusher.settled"])
+def test_a_sender_killed_at_any_step_bills_once(world: World, tmp_path: Path, point: str) -> None:
+    deltas = [delta(f"cus_{n}", str(n + 1), hours_ago=h) for n in range(8) for h in range(2)]
+    world.close(*deltas)
+    reached = tmp_path / "reached"
+    first = world.spawn(fault=f"{point}:1", log=reached, timeout=0.5)
+    with killed_at_the_end(first):
+        assert first.wait(20) == -signal.SIGKILL
+    assert reached.read_text() == f"{point}\n"
+    second = world.spawn(timeout=0.5)
+    with killed_at_the_end(second):
+        asyncio.run(until(lambda: settled(world)))
+    assert world.billed() == sum(map(amount_of, deltas))
+    assert world.states() == {"reported": len(deltas)}
+    assert world.open_deltas() == 0
+    assert world.stripe.stats()["applied"] == len(deltas)
+
+
+def test_two_senders_never_have_two_calls_in_flight_for_one_customer_and_meter(world: World) -> None:
+    deltas = [delta(f"cus_{n}", hours_ago=h) for n in range(6) for h in range(15)]
+    world.close(*deltas)
+    world.stripe.play({"fault": "slow", "seconds": 0.05, "match": {"probability": 0.5}}, seed=3)
+    pair = [world.spawn(), world.spawn()]
+    with killed_at_the_end(*pair):
+        asyncio.run(until(lambda: settled(world)))
+    stats = world.stripe.stats()
+    assert stats["max_in_flight_per_customer_meter"] == 1
+    assert stats["concurrency_refused"] == 0
+    assert stats["applied"] == len(deltas)
+    assert stats["duplicates_refused"] == stats["replays"] == 0
+    assert world.billed() == len(deltas)
+
+
+def test_a_stopped_sender_keeps_its_customers_and_wakes_without_harm(world: World) -> None:
+    deltas = [delta(f"cus_{n}", str(n + 1)) for n in range(40)]
+    world.close(*deltas)
+    world.stripe.play({"fault": "slow", "seconds": 0.3, "times": 40})
+    zombie = world.spawn(timeout=1.0)
+    other = None
+    with killed_at_the_end(zombie):
+        asyncio.run(until(lambda: world.states().get("in_flight", 0) > 0))
+        zombie.send_signal(signal.SIGSTOP)
+        other = world.spawn(timeout=1.0)
+        with killed_at_the_end(other):
+            time.sleep(8.5)  # longer than the lease
+            assert world.states().get("in_flight", 0) > 0, (
+                "somebody took what the stopped process still holds"
+            )
+            zombie.send_signal(signal.SIGCONT)
+            asyncio.run(until(lambda: settled(world)))
+    stats = world.stripe.stats()
+    assert stats["max_in_flight_per_customer_meter"] == 1
+    assert stats["identifiers_with_two_values"] == 0
+    assert world.billed() == sum(map(amount_of, deltas))
+    assert world.states() == {"reported": 40}
+    assert world.open_deltas() == 0
+
+
+def test_a_lost_lock_session_lets_no_second_call_begin(world: World) -> None:
+    """The database drops the locks of a sender in the middle of its calls; another one is eager."""
+    deltas = [delta(f"cus_{n}", hours_ago=h) for n in range(4) for h in range(5)]
+    world.close(*deltas)
+    world.stripe.play({"fault": "slow", "seconds": 0.4, "match": {"probability": 1.0}})
+    pair = [world.spawn(timeout=1.0), world.spawn(timeout=1.0)]
+    with killed_at_the_end(*pair):
+        for _ in range(6):
+            time.sleep(0.5)
+            world.sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE application_name = 'tidemeter-pusher-locks' AND datname = current_database()"
+            )
+        asyncio.run(until(lambda: settled(world), 60))
+    assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
+    assert world.billed() == len(deltas)
+    assert world.states() == {"reported": len(deltas)}
+
+
+# -- Faults ------------------------------------------------------------------------------------------
+
+FAULTS: list[dict[str, Any]] = [
+    {"fault": "status", "status": 429},
+    {"fault": "status", "status": 429, "reason": "endpoint-rate"},
+    {"fault": "status", "status": 429, "lock_timeout": True},
+    {"fault": "status", "status": 409},
+    *({"fault": "status", "status": s, "applied": a} for s in (500, 502, 503, 504) for a in (True, False)),
+    {"fault": "reset_before_apply"},
+    {"fault": "reset_after_apply"},
+    {"fault": "reset_after_apply", "remember": False},
+    {"fault": "cut_body"},
+    {"fault": "stall_body", "seconds": 2},
+    {"fault": "stall_before_answer", "seconds": 2},
+]
+
+
+def test_no_fault_on_the_way_changes_what_is_billed(world: World) -> None:
+    deltas = [delta(f"cus_{n}", f"{n + 1}.25", hours_ago=h) for n in range(25) for h in range(4)]
+    world.close(*deltas)
+    rules = [
+        {**fault, "match": {"path": "*/meter_events", "probability": 0.025}, "times": 20} for fault in FAULTS
+    ]
+    world.stripe.play(*rules, seed=11)
+
+    async def scenario() -> None:
+        async with world.sending(timeout=0.5):
+            await until(lambda: no_call_left(world), 90)
+            played = world.stripe.stats()["faults"]
+            assert len(played) >= 10, played
+            world.stripe.clear_faults()
+            await asyncio.sleep(0.6)
+            # What a stored 500 left in doubt is settled by the summaries of the next day.
+            world.advance(timedelta(hours=25))
+            await until(lambda: settled(world), 60)
+
+    asyncio.run(scenario())
+    assert world.billed() == sum(map(amount_of, deltas)) == world.reported()
+    assert world.stripe.stats()["identifiers_with_two_values"] == 0
+    assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
+    assert set(world.states()) <= {"reported", "cancelled"}
+    assert world.open_deltas() == 0
+    assert world.ops_events() == []
+
+
+def test_a_key_that_is_not_accepted_pauses_everything_and_fails_nothing(world: World) -> None:
+    world.close(*(delta(f"cus_{n}") for n in range(50)))
+
+    class Rotating(StripeSink):
+        """A sink whose key an operator repairs."""
+
+        good: Sink = world.sink()
+        repaired = False
+
+        async def send(self, intent: Intent) -> Answer:
+            return await (self.good.send(intent) if self.repaired else super().send(intent))
+
+    async def scenario() -> None:
+        sink = Rotating("not-a-key", api_base=world.stripe.url, timeout_seconds=2, connections_max=4)
+        async with world.sending(sink) as sender:
+            await until(lambda: sender.check()[0] == "degraded")
+            await asyncio.sleep(2)
+            assert sender.health().paused_for == "unauthorised"
+            assert set(world.states()) <= {"pending", "in_flight"}
+            calls = sum(r["count"] for r in world.stripe.stats()["requests"] if r["status"] == 401)
+            assert calls <= 16 + 5
+            sink.repaired = True
+            await until(lambda: settled(world))
+            assert sender.check()[0] == "healthy"
+        await sink.good.close()
+
+    asyncio.run(scenario())
+    assert world.billed() == 50
+    assert world.ops_events() == []
+
+
+def test_a_sink_that_is_away_costs_few_calls_and_puts_nothing_in_doubt(world: World) -> None:
+    world.close(*(delta(f"cus_{n}") for n in range(100)))
+    nowhere = StripeSink(KEY, api_base="http://127.0.0.1:9", timeout_seconds=1, connections_max=16)
+
+    async def scenario() -> None:
+        async with world.sending(nowhere) as sender:
+            await asyncio.sleep(2)
+            assert sender.check()[0] == "degraded"
+            assert sender.health().paused_for == "not_sent"
+        assert world.states() == {"pending": 100}
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.billed() == 100
+
+
+def test_postgresql_away_for_a_while_delays_and_loses_nothing(world: World) -> None:
+    deltas = [delta(f"cus_{n}", hours_ago=h) for n in range(40) for h in range(3)]
+    world.close(*deltas)
+    world.stripe.play({"fault": "slow", "seconds": 0.1, "match": {"probability": 1.0}})
+    name = psycopg.conninfo.conninfo_to_dict(world.dsn)["dbname"]
+    admin = psycopg.connect(psycopg.conninfo.make_conninfo(world.dsn, dbname="template1"), autocommit=True)
+
+    async def scenario() -> None:
+        async with world.sending(timeout=1.0) as sender:
+            await asyncio.sleep(0.4)
+            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            try:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,)
+                )
+                await asyncio.sleep(2)
+                assert sender.check()[0] == "unhealthy"
+            finally:
+                admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            await until(lambda: settled(world), 60)
+            assert sender.check()[0] == "healthy"
+
+    with admin:
+        asyncio.run(scenario())
+    assert world.billed() == len(deltas)
+    assert world.open_deltas() == 0
+    assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
+
+
+def test_a_cancelled_sender_settles_the_calls_under_way_and_gives_back_the_rest(world: World) -> None:
+    world.close(*(delta(f"cus_{n}") for n in range(60)))
+    world.stripe.play({"fault": "slow", "seconds": 0.4, "match": {"probability": 1.0}})
+
+    async def scenario() -> None:
+        sink = world.sink()
+        running = asyncio.create_task(Sender(world.dsn, sink, SenderConfig(call_timeout_seconds=2.0)).run())
+        await until(lambda: world.states().get("in_flight", 0) > 0)
+        await asyncio.sleep(0.2)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await sink.close()
+
+    asyncio.run(scenario())
+    assert set(world.states()) == {"pending", "reported"}
+    assert world.billed() == world.reported() == 60 - world.states()["pending"]
+
+
+def test_a_journal_that_does_not_add_up_stops_the_sender(world: World) -> None:
+    world.close(delta())
+    world.sql("UPDATE item_periods SET open_deltas = 0")
+
+    async def scenario() -> None:
+        sender = Sender(world.dsn, world.sink(), SenderConfig(call_timeout_seconds=1.0))
+        await asyncio.wait_for(sender.run(), 10)
+
+    with pytest.raises(Broken, match="open"):
+        asyncio.run(scenario())
+    assert world.open_deltas() == 0
+
+
+# -- In doubt for a day ------------------------------------------------------------------------------
+
+
+def in_doubt_by(world: World, fault: dict[str, Any], *deltas: Record) -> None:
+    """Every call of these deltas meets ``fault``, and the sender stops with them in doubt."""
+    world.stripe.play({**fault, "match": {"path": "*/meter_events", "probability": 1.0}})
+    world.close(*deltas)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: world.states().get("in_doubt") == len(deltas))
+
+    asyncio.run(scenario())
+    world.stripe.clear_faults()
+
+
+def posts(world: World) -> int:
+    return sum(r["count"] for r in world.stripe.stats()["requests"] if r["route"].endswith("meter_events"))
+
+
+def test_in_doubt_for_a_day_and_applied_is_not_sent_again(world: World) -> None:
+    world.close(delta(amount="3"))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    in_doubt_by(world, {"fault": "status", "status": 500, "applied": True}, delta(amount="5", sequence=2))
+    sent = posts(world)
+    world.advance(timedelta(hours=24))
+    asyncio.run(scenario())
+    assert posts(world) == sent
+    assert world.states() == {"reported": 2}
+    assert world.billed() == 8
+    assert world.open_deltas() == 0
+    assert world.ops_events() == []
+
+
+def test_in_doubt_for_a_day_and_not_applied_is_sent_once_under_a_new_identifier(world: World) -> None:
+    one = delta(amount="5")
+    in_doubt_by(world, {"fault": "reset_before_apply"}, one)
+    world.advance(timedelta(hours=24))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    rows = world.sql("SELECT identifier, state, replaces FROM meter_events ORDER BY state")
+    assert [(state, replaces) for _, state, replaces in rows] == [
+        ("cancelled", None),
+        ("reported", one["identifier"]),
+    ]
+    (row,) = world.stripe.ledger()["rows"]
+    assert row["identifier"] == rows[1][0] != one["identifier"]
+    assert world.billed() == 5
+    assert world.open_deltas() == 0
+
+
+def test_between_the_last_resend_and_the_first_question_nothing_is_sent(world: World) -> None:
+    in_doubt_by(world, {"fault": "reset_before_apply"}, delta())
+    world.advance(timedelta(hours=23, minutes=10))
+    sent = posts(world)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await asyncio.sleep(1)
+
+    asyncio.run(scenario())
+    assert posts(world) == sent
+    assert world.states() == {"in_doubt": 1}
+
+
+def test_a_total_that_fits_neither_case_stays_in_doubt_with_one_ops_event(world: World) -> None:
+    one = delta(amount="5")
+    in_doubt_by(world, {"fault": "reset_before_apply"}, one)
+
+    async def foreign_usage() -> None:
+        foreign = journal.intent_of(
+            {**one, "identifier": "foreign", "amount": (2 * 10**9).to_bytes(16, "big")}
+        )
+        sink = world.sink()
+        await sink.send(foreign)
+        await sink.close()
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: len(world.ops_events()) == 1)
+            await asyncio.sleep(1)
+
+    asyncio.run(foreign_usage())
+    world.advance(timedelta(hours=24))
+    asyncio.run(scenario())
+    asyncio.run(scenario())
+    assert world.states() == {"in_doubt": 1}
+    (event,) = world.ops_events()
+    assert event["attributes"]["reason"] == "in_doubt_unresolved"
+    assert world.billed() == 2
+
+
+def test_summaries_that_cannot_be_read_settle_nothing(world: World) -> None:
+    in_doubt_by(world, {"fault": "reset_before_apply"}, delta())
+    world.advance(timedelta(hours=24))
+    world.stripe.play(
+        {"fault": "status", "status": 503, "match": {"path": "*event_summaries", "probability": 1.0}}
+    )
+
+    async def scenario() -> None:
+        async with world.sending():
+            await asyncio.sleep(1)
+            assert world.states() == {"in_doubt": 1}
+            assert world.ops_events() == []
+            world.advance(timedelta(hours=13))
+            await until(lambda: len(world.ops_events()) == 1)
+            world.stripe.clear_faults()
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.billed() == 1
+
+
+def test_usage_of_the_same_hour_waits_while_one_intent_is_in_doubt_and_other_hours_do_not(
+    world: World,
+) -> None:
+    in_doubt_by(world, {"fault": "reset_before_apply"}, delta(amount="1"))
+    world.close(delta(amount="10", sequence=2), delta(amount="100", hours_ago=1))
+    world.advance(timedelta(hours=23, minutes=30))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: world.billed() == 100)
+            await asyncio.sleep(0.5)
+            assert world.billed() == 100
+            world.advance(timedelta(minutes=30))
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.billed() == 111
+
+
+def test_an_applied_intent_whose_key_answers_500_for_a_day_is_found_in_minutes(world: World) -> None:
+    in_doubt_by(world, {"fault": "status", "status": 500, "applied": True}, delta(amount="9"))
+    world.advance(timedelta(minutes=15))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 1}
+    assert world.billed() == 9
+
+
+# -- Operators and late reports ----------------------------------------------------------------------
+
+
+def test_released_failures_go_back_to_their_buckets_once(world: World) -> None:
+    world.close(delta("cus_nobody", "3"), delta("cus_nobody", "4", sequence=2), delta("cus_1", "5"))
+    world.close(delta("cus_nobody", "6", hours_ago=40 * 24))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    with psycopg.connect(world.dsn) as db:
+        assert journal.release_failed(db, "other-tenant") == 0
+        assert journal.release_failed(db, "acme", "storage") == 0
+        assert journal.release_failed(db, "acme", EVENT) == 2
+        db.commit()
+        assert journal.release_failed(db, "acme") == 0
+    assert world.states() == {"cancelled": 2, "failed": 1, "reported": 1}
+    item = uuid.UUID(bytes=delta("cus_nobody")["item_id"])
+    rows = world.sql(
+        "SELECT total, closed, pushed FROM buckets WHERE item_id = %s AND hour_start = %s",
+        (item, this_hour()),
+    )
+    assert rows == [(7, 0, 0)]
+    assert world.sql("SELECT dirty_from FROM items WHERE item_id = %s", (item,)) == [(this_hour(),)]
+
+
+def test_an_error_report_fails_a_reported_intent_once(world: World) -> None:
+    world.close(delta("cus_1"), delta("cus_2"))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    named = [delta("cus_1")["identifier"], "someone-elses"]
+    for expected in ([named[0]], []):
+        with psycopg.connect(world.dsn) as db:
+            failed = journal.fail_reported(db, named, code="no_meter", source="webhook", now=world.now())
+            assert failed == expected
+    assert world.states() == {"failed": 1, "reported": 1}
+    assert [(e["source"], e["subject_id"]) for e in world.ops_events()] == [("webhook", named[0])]
+    assert world.open_deltas() == 0
+
+
+# -- Another sink, and logs --------------------------------------------------------------------------
+
+
+def test_a_webhook_is_a_sink_too(world: World) -> None:
+    received: list[tuple[str | None, dict[str, Any]]] = []
+    answers = iter([503, 429, 200, 200])
+
+    async def receive(request: web.Request) -> web.Response:
+        received.append((request.headers.get("Idempotency-Key"), await request.json()))
+        return web.Response(status=next(answers))
+
+    async def scenario() -> None:
+        app = web.Application()
+        app.router.add_post("/usage", receive)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = "http://{}:{}/usage".format(*runner.addresses[0])
+        async with world.sending(WebhookSink(url, timeout_seconds=2)):
+            await until(lambda: settled(world))
+        await runner.cleanup()
+
+    world.close(delta("cus_1", "1.5"), delta("cus_1", "2", hours_ago=1))
+    asyncio.run(scenario())
+    assert len(received) == 4
+    assert world.reported() == Decimal("3.5")
+    assert {key for key, _ in received} == {body["identifier"] for _, body in received}
+    assert {(body["identifier"], body["value"]) for _, body in received} == {
+        (delta("cus_1")["identifier"], "1.5"),
+        (delta("cus_1", hours_ago=1)["identifier"], "2"),
+    }
+
+
+def test_no_customer_value_or_key_reaches_a_log_line(world: World) -> None:
+    world.stripe.seed(customers=["cus_planted1"])
+    world.stripe.play(*({**fault, "match": {"path": "*/meter_events"}} for fault in FAULTS))
+    world.close(delta("cus_planted1", "31337.42"), delta("cus_planted2", "31337.42"))
+    process = world.spawn(timeout=0.5)
+    with contextlib.suppress(AssertionError):
+        asyncio.run(until(lambda: settled(world), 8))
+    process.kill()
+    _, logged = process.communicate()
+    for secret in ("cus_planted", "31337", KEY, psycopg.conninfo.conninfo_to_dict(world.dsn)["password"]):
+        assert secret not in logged

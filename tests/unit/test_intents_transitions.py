@@ -1,0 +1,195 @@
+"""The pure rules: what an answer means for an intent, and what may be done with it next."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+
+from services.pusher.intents import (
+    AFTER,
+    OPEN,
+    TRANSITIONS,
+    Action,
+    Answer,
+    Claim,
+    Intent,
+    Meaning,
+    Policy,
+    State,
+    Verdict,
+    full_jitter,
+    given_back,
+    judge,
+    next_action,
+    next_state,
+    plain_decimal,
+    settlement_of,
+)
+from services.wire.errors import Broken
+
+NOW = datetime(2026, 3, 10, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+INTENT = Intent(
+    identifier="d1",
+    item_id="00" * 16,
+    tenant_id="acme",
+    meter="calls",
+    period_start=NOW - 9 * DAY,
+    period_end=NOW + 20 * DAY,
+    hour_start=NOW,
+    event_name="calls",
+    stripe_customer="cus_1",
+    customer_payload_key="stripe_customer_id",
+    value_payload_key="value",
+    amount=Decimal(5),
+    event_at=NOW,
+)
+
+
+def claim(doubted_since: datetime | None = None, action: Action = Action.SEND) -> Claim:
+    return Claim(INTENT, action, 1, doubted_since, None, NOW)
+
+
+def action_at(age: timedelta | None, *, attempts: int = 1, event_age: timedelta = timedelta()) -> Action:
+    return next_action(
+        doubted_since=None if age is None else NOW - age,
+        event_at=NOW - event_age,
+        attempts=attempts,
+        now=NOW,
+        policy=Policy(),
+    )
+
+
+def test_every_answer_has_a_next_state_that_the_table_allows() -> None:
+    assert set(AFTER) == set(Meaning)
+    for meaning, pair in AFTER.items():
+        for doubted, after in zip((False, True), pair, strict=True):
+            assert next_state(State.IN_FLIGHT, meaning, doubted=doubted) is after
+
+
+def test_nothing_leaves_a_terminal_state() -> None:
+    assert {state for state, after in TRANSITIONS.items() if not after} == set(State) - OPEN
+
+
+@pytest.mark.parametrize("state", sorted(set(State) - {State.IN_FLIGHT}))
+def test_only_an_intent_in_flight_can_be_answered(state: State) -> None:
+    with pytest.raises(Broken):
+        next_state(state, Meaning.DELIVERED, doubted=False)
+
+
+@pytest.mark.parametrize("meaning", sorted(set(Meaning) - {Meaning.DELIVERED, Meaning.ALREADY_DELIVERED}))
+def test_only_proof_of_delivery_ends_a_doubt(meaning: Meaning) -> None:
+    assert next_state(State.IN_FLIGHT, meaning, doubted=True) is State.IN_DOUBT
+
+
+def test_a_doubt_keeps_the_time_of_the_first_call() -> None:
+    first = NOW - timedelta(hours=3)
+    again = settlement_of(claim(first), Answer(Meaning.UNKNOWN), now=NOW, chance=0.5, policy=Policy())
+    fresh = settlement_of(claim(), Answer(Meaning.UNKNOWN), now=NOW, chance=0.5, policy=Policy())
+    assert again.first_sent_at == first
+    assert fresh.first_sent_at == NOW
+
+
+def test_a_call_without_effect_leaves_no_doubt_behind() -> None:
+    for meaning in (Meaning.THROTTLED, Meaning.UNAUTHORISED, Meaning.NOT_SENT):
+        after = settlement_of(claim(), Answer(meaning), now=NOW, chance=0.5, policy=Policy())
+        assert (after.state, after.first_sent_at) == (State.PENDING, None)
+
+
+def test_a_claim_given_back_is_as_it_was_and_due_at_once() -> None:
+    assert given_back(claim(), "paused", now=NOW).state is State.PENDING
+    back = given_back(claim(NOW - DAY), "paused", now=NOW)
+    assert (back.state, back.first_sent_at, back.next_attempt_at) == (State.IN_DOUBT, NOW - DAY, NOW)
+
+
+@pytest.mark.parametrize(
+    ("age", "expected"),
+    [
+        (None, Action.SEND),
+        (timedelta(0), Action.SEND),
+        (timedelta(hours=22, minutes=59), Action.SEND),
+        (timedelta(hours=23), Action.WAIT),
+        (timedelta(hours=23, minutes=59, seconds=59), Action.WAIT),
+        (timedelta(hours=24), Action.ASK),
+        (timedelta(days=40), Action.ASK),
+    ],
+)
+def test_the_age_of_the_doubt_decides_between_sending_and_asking(
+    age: timedelta | None, expected: Action
+) -> None:
+    assert action_at(age) is expected
+
+
+def test_a_young_doubt_also_looks_at_summaries_now_and_then() -> None:
+    actions = [action_at(timedelta(hours=1), attempts=n) for n in range(1, 9)]
+    assert actions.count(Action.LOOK) == 2
+    assert action_at(timedelta(minutes=5), attempts=4) is Action.SEND
+
+
+def test_usage_expires_only_while_it_was_never_sent() -> None:
+    assert action_at(None, event_age=timedelta(days=34, hours=23)) is Action.SEND
+    assert action_at(None, event_age=timedelta(days=35)) is Action.EXPIRE
+    assert action_at(timedelta(hours=1), event_age=timedelta(days=36)) is Action.SEND
+
+
+def test_the_next_turn_never_falls_between_the_last_resend_and_the_first_question() -> None:
+    policy = Policy()
+    first = NOW - timedelta(hours=22, minutes=59, seconds=59)
+    turn = policy.turn_after(NOW, attempts=30, chance=0.99, doubted_since=first)
+    assert turn == first + policy.ask_after
+
+
+@pytest.mark.parametrize(
+    ("total", "verdict"),
+    [
+        ("12", Verdict.APPLIED),
+        ("12.0000000000001", Verdict.APPLIED),
+        ("7", Verdict.NOT_APPLIED),
+        ("8", Verdict.UNCLEAR),
+        ("0", Verdict.UNCLEAR),
+        ("17", Verdict.UNCLEAR),
+        (None, Verdict.UNREADABLE),
+    ],
+)
+def test_a_total_proves_only_what_it_equals(total: str | None, verdict: Verdict) -> None:
+    seen = None if total is None else Decimal(total)
+    assert judge(seen, reported=Decimal(7), amount=Decimal(5)) is verdict
+
+
+def test_an_amount_lost_in_the_rounding_of_doubles_proves_nothing() -> None:
+    huge = Decimal(10**15)
+    assert judge(huge, reported=huge, amount=Decimal("0.000000001")) is Verdict.UNCLEAR
+
+
+def test_the_replacement_has_another_identifier_always_the_same_and_only_once() -> None:
+    one, two = INTENT.replacement(), INTENT.replacement()
+    assert one == two
+    assert one.identifier != INTENT.identifier
+    assert (one.replaces, one.amount, one.event_at) == ("d1", INTENT.amount, INTENT.event_at)
+    with pytest.raises(Broken):
+        one.replacement()
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        ("5", "5"),
+        ("5.000000000", "5"),
+        ("-0.500", "-0.5"),
+        ("1E+3", "1000"),
+        ("0.000000001", "0.000000001"),
+        ("-0", "0"),
+        ("123456789012345678901234567890.5", "123456789012345678901234567890.5"),
+    ],
+)
+def test_amounts_are_written_plainly_and_exactly(amount: str, text: str) -> None:
+    assert plain_decimal(Decimal(amount)) == text
+
+
+def test_backoff_is_jittered_from_zero_and_capped() -> None:
+    waits = [full_jitter(n, 0.999, base_seconds=0.5, cap_seconds=300) for n in range(1, 100)]
+    assert waits == sorted(waits)
+    assert waits[0] < 0.5 and waits[-1] < 300
+    assert full_jitter(20, 0.0, base_seconds=0.5, cap_seconds=300) == 0.05
