@@ -1,0 +1,135 @@
+"""``tidemeter ingest | counters | pusher | stripe-simulator | up | migrate``: start things."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.cli.common import fail, sentences
+from services.wire.log import configure_logging
+from services.wire.settings import data_directory, load_settings
+
+
+def ingest(
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default TIDEMETER_HTTP_PORT.")] = None,
+) -> None:
+    """Run the HTTP API.
+
+    Example: tidemeter ingest --port 8080
+    """
+    from services.ingest.app import run
+
+    with sentences():
+        run(load_settings(http_port=port))
+
+
+def counters() -> None:
+    """Run one counters worker. Start more of them, on any machine, to share the partitions.
+
+    Example: TIDEMETER_WORKER_ID=counters-1 tidemeter counters
+    """
+    from services.counters.agent import run
+
+    with sentences():
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format, service="counters")
+        asyncio.run(run(settings))
+
+
+def pusher() -> None:
+    """Run one pusher: deltas to Stripe.
+
+    Example: TIDEMETER_STRIPE_API_KEY_FILE=/run/secrets/stripe tidemeter pusher
+    """
+    from services.pusher.agent import run
+
+    with sentences():
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format, service="pusher")
+        asyncio.run(run(settings))
+
+
+def stripe_simulator(
+    port: Annotated[int, typer.Option(help="Port to listen on, 0 for a free one.")] = 12111,
+    data: Annotated[
+        Path | None, typer.Option(help="SQLite file to keep the state in; default memory.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Calls per second before it answers 429.")] = 1000.0,
+    summary_lag: Annotated[float, typer.Option(help="Seconds until summaries show an event.")] = 0.0,
+) -> None:
+    """Run the simulated Stripe: meters, customers, meter events, summaries, faults.
+
+    Example: tidemeter stripe-simulator --port 12111 --data stripe.sqlite
+    """
+    from services.stripe_simulator import SimulatorConfig, run
+
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format, service="stripe-simulator")
+    run(SimulatorConfig(port=port, data_path=data, rate_per_second=rate, summary_lag_seconds=summary_lag))
+
+
+def migrate() -> None:
+    """Create missing topics and apply missing migrations. Safe to repeat.
+
+    Example: tidemeter migrate
+    """
+    from services.wire.migrations import apply_migrations
+    from services.wire.topics import create_topics, plan_topics
+
+    with sentences():
+        settings = load_settings()
+        created = create_topics(
+            settings.kafka(),
+            plan_topics(
+                partitions=settings.topic_partitions,
+                replication=settings.topic_replication,
+                min_insync_replicas=settings.min_insync_replicas,
+                usage_retention_days=settings.usage_retention_days,
+            ),
+        )
+        applied = apply_migrations(settings.postgres())
+        typer.echo(f"{len(created)} topics created, {applied} migrations applied")
+
+
+def up(
+    counters: Annotated[int, typer.Option(min=1, max=16, help="Counters workers to run.")] = 1,
+    port: Annotated[int | None, typer.Option(help="Port of the API; default 8080 or a free one.")] = None,
+) -> None:
+    """Run everything on this machine until Ctrl-C: Kafka, PostgreSQL, Stripe simulator, API, workers.
+
+    What TIDEMETER_KAFKA_BOOTSTRAP, TIDEMETER_POSTGRES_DSN and TIDEMETER_STRIPE_API_KEY name is used
+    instead of an embedded one. Data stay in TIDEMETER_DATA_DIR (default ~/.local/share/tidemeter).
+
+    Example: tidemeter up --counters 2
+    """
+    from services.embedded import EmbeddedError
+    from services.embedded.processes import is_free
+    from services.embedded.stack import Stack
+
+    stop = threading.Event()
+    with sentences():
+        configure_logging("info", service="up")
+        settings = load_settings()
+        wanted = port or (settings.http_port if is_free(settings.http_port) else None)
+        stack = Stack(data_directory(), settings, http_port=wanted, counters=counters)
+        try:
+            stack.start(lambda text: typer.echo(text, err=True))
+        except EmbeddedError as error:
+            raise fail(str(error), 2) from None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            typer.echo(f"API        http://127.0.0.1:{stack.member('ingest').port}  (OpenAPI at /docs)")
+            typer.echo(f"Kafka      {stack.kafka_bootstrap}")
+            typer.echo(f"Stripe     {stack.stripe_base or 'api.stripe.com'}")
+            typer.echo("Ready. Ctrl-C stops everything; data stay.")
+            while not stop.wait(0.5):
+                stack.supervise()
+            typer.echo("stopping", err=True)
+        finally:
+            stack.stop()

@@ -1,0 +1,138 @@
+"""Real servers for every test that wants them: from the environment, from Docker, or embedded.
+
+One Kafka and one PostgreSQL for the session; each test gets a database of its own, and each run topics of its
+own only where it asks for them, because topic names are fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from services.wire.migrations import apply_migrations
+from services.wire.settings import Settings, load_settings
+from services.wire.topics import create_topics, plan_topics
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Addresses of a real Kafka and a real PostgreSQL; the DSN's user may create databases."""
+
+    kafka: str
+    postgres: str
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """In this order: addresses in the environment, testcontainers with a Docker engine, embedded."""
+    kafka, postgres = os.environ.get("TIDEMETER_KAFKA_BOOTSTRAP"), os.environ.get("TIDEMETER_POSTGRES_DSN")
+    if kafka and postgres:
+        yield Servers(kafka, postgres)
+    elif _docker_answers():
+        yield from _containers()
+    else:
+        yield from _embedded(tmp_path_factory.mktemp("servers"))
+
+
+def _docker_answers() -> bool:
+    try:
+        import docker
+
+        return bool(docker.from_env(timeout=3).ping())
+    except Exception:
+        return False
+
+
+def _containers() -> Iterator[Servers]:
+    from testcontainers.kafka import KafkaContainer
+    from testcontainers.postgres import PostgresContainer
+
+    with KafkaContainer().with_kraft() as kafka, PostgresContainer("postgres:17") as postgres:
+        yield Servers(kafka.get_bootstrap_server(), postgres.get_connection_url(driver=None))
+
+
+def _embedded(root: Path) -> Iterator[Servers]:
+    from services.embedded import EmbeddedRuntime
+
+    for part in (root, *root.parents):  # PostgreSQL may run as another user, who has to pass through
+        if part.stat().st_uid == os.getuid() and part.name.startswith(("pytest-", "servers")):
+            part.chmod(0o711)
+    with EmbeddedRuntime(root) as runtime:
+        yield Servers(runtime.kafka_bootstrap, runtime.postgres_dsn)
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(servers: Servers) -> str:
+    """Brokers with the product's topics."""
+    create_topics(
+        servers.kafka,
+        plan_topics(partitions=4, replication=1, min_insync_replicas=1, usage_retention_days=90),
+    )
+    return servers.kafka
+
+
+@pytest.fixture(scope="session")
+def template_database(servers: Servers) -> Iterator[str]:
+    """A migrated database that others are copied from."""
+    name = f"template_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(servers.postgres, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}")
+    apply_migrations(_address(servers.postgres, name))
+    yield name
+    with psycopg.connect(servers.postgres, autocommit=True) as admin:
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgres_dsn(servers: Servers, template_database: str) -> Iterator[str]:
+    """A migrated database of this test's own."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(servers.postgres, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
+    yield _address(servers.postgres, name)
+    with psycopg.connect(servers.postgres, autocommit=True) as admin:
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _address(server: str, database: str) -> str:
+    parts = urlsplit(server)
+    return urlunsplit(parts._replace(path=f"/{database}"))
+
+
+@pytest.fixture
+def empty_kafka(servers: Servers) -> str:
+    """Brokers with the product's topics, all empty, and none of its consumer groups."""
+    admin = AdminClient({"bootstrap.servers": servers.kafka})
+    plans = plan_topics(partitions=4, replication=1, min_insync_replicas=1, usage_retention_days=90)
+    ours = [plan.name for plan in plans]
+    present = set(admin.list_topics(timeout=10).topics)
+    doomed = [name for name in ours if name in present]
+    for future in admin.delete_topics(doomed).values() if doomed else ():
+        future.result()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and set(ours) & set(admin.list_topics(timeout=10).topics):
+        time.sleep(0.05)
+    groups = [group.group_id for group in admin.list_consumer_groups().result().valid]
+    ours_groups = [group for group in groups if group.startswith("tidemeter-")]
+    for future in admin.delete_consumer_groups(ours_groups).values() if ours_groups else ():
+        with contextlib.suppress(KafkaException):  # a member that was killed is still in its session
+            future.result()
+    create_topics(servers.kafka, plans)
+    return servers.kafka
+
+
+@pytest.fixture
+def settings(kafka_bootstrap: str, postgres_dsn: str) -> Settings:
+    """Settings that point at this test's servers."""
+    return load_settings(kafka_bootstrap=kafka_bootstrap, postgres_dsn=postgres_dsn)
