@@ -1,2 +1,110 @@
-def bench() -> None:
-    """x."""
+"""``tidemeter bench``: measure what the documentation claims, here and now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.embedded import EmbeddedError
+from services.wire.errors import Misconfigured, Transient
+from services.wire.log import configure_logging
+
+#: Name to module; each has ``run``, ``render`` and the ``KEY`` of its result.
+BENCHES = {"counting": "bench.counting", "late": "bench.late_events"}
+
+WRONG, MISUSED, UNAVAILABLE = 1, 2, 3
+
+
+def _fail(message: str, code: int) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(code)
+
+
+def bench(
+    name: Annotated[
+        str | None, typer.Argument(help=f"One of {', '.join(BENCHES)} [default: all].", show_default=False)
+    ] = None,
+    events: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of events [default: the benchmark's own].", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated events.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Put the results into this JSON file [default: bench/results.json].", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Run the benchmarks and keep their results; other keys of the file stay as they are.
+
+    Runs on the servers of TIDEMETER_KAFKA_BOOTSTRAP and TIDEMETER_POSTGRES_DSN, in topics and databases of its
+    own that it removes again; without these, on embedded servers in a temporary directory.
+
+    Exit status: 0 done and every sum exact, 1 a sum is wrong or a contestant failed, 2 misused, 3 unavailable.
+
+    Example: tidemeter bench counting --events 100000
+    """
+    if name is not None and name not in BENCHES:
+        raise _fail(f"no benchmark {name}; there are {', '.join(BENCHES)}", MISUSED)
+    configure_logging("warning")
+    console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, style="dim")
+
+    try:
+        results = _run([name] if name is not None else list(BENCHES), events, seed, say, out, as_json)
+    except Misconfigured as error:
+        raise _fail(str(error), MISUSED) from None
+    except (EmbeddedError, Transient) as error:
+        raise _fail(str(error), UNAVAILABLE) from None
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    if not all(result["checked"] for result in results.values()):
+        raise _fail("a sum is not exact; see above", WRONG)
+
+
+def _run(
+    names: list[str],
+    events: int | None,
+    seed: int,
+    say: Callable[[str], None],
+    out: Path | None,
+    as_json: bool,
+) -> dict[str, dict[str, Any]]:
+    """Run ``names`` one after the other on the same servers; each result is kept as soon as it is there."""
+    try:
+        modules = [import_module(BENCHES[name]) for name in names]
+    except ModuleNotFoundError as error:
+        raise Misconfigured(
+            f"{error.name} is not installed: pip install 'tidemeter[dev,embedded]'"
+        ) from error
+    from bench.counting import ContestantFailed
+    from bench.results import RESULTS, merge
+    from bench.servers import servers
+
+    path = out or RESULTS
+    results: dict[str, dict[str, Any]] = {}
+    say("starting")
+    with servers() as here:
+        for module in modules:
+            try:
+                result = module.run(here, events=events, seed=seed, say=say)
+            except ContestantFailed as error:
+                raise _fail(str(error), WRONG) from None
+            results[module.KEY] = result
+            try:
+                merge(path, {module.KEY: result})
+            except (OSError, ValueError) as error:
+                raise Misconfigured(f"cannot write {path}: {error}") from error
+            if not as_json:
+                Console().print(module.render(result))
+    return results

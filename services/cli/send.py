@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -121,7 +122,7 @@ def run(
             summary.refused += 1
             reporter.refused(line)
             continue
-        line_bytes = len(json.dumps(event_document(line.event)))
+        line_bytes = len(msgspec.json.encode(event_document(line.event)))
         if batch and (len(batch) >= sink.events_max or batch_bytes + line_bytes > BATCH_BYTES_MAX):
             if not settle():
                 summary.unavailable += 1  # this line: read, but not sent

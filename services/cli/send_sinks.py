@@ -5,13 +5,13 @@ A sink says of each event whether it is acknowledged, refused, or to be sent aga
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 import httpx
+import msgspec
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -69,7 +69,8 @@ class HttpSink:
     def attempt(self, lines: Sequence[Line]) -> list[Refusal | bool]:
         try:
             answer = self._client.post(
-                self._url, content=json.dumps({"events": [event_document(line.event) for line in lines]})
+                self._url,
+                content=msgspec.json.encode({"events": [event_document(line.event) for line in lines]}),
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol):
             raise Misconfigured(f"--api-url: {self._url} is not an http address") from None
