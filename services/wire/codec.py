@@ -4,21 +4,23 @@ Two framings are read, told apart by the first byte: Avro single-object encoding
 CRC-64-AVRO fingerprint, little-endian; Avro 1.12 specification) and, when a registry is configured, the
 Confluent wire format (``00`` and a four-byte big-endian id). The writer follows the setting.
 
-fastavro has no limits of its own, so the reader sets them: at most 64 KiB, only our own writer schemas (none
-is recursive or has zero-width items), nothing may follow the record, and whatever fastavro raises is
-:class:`Undecodable`.
+Values are written by fastavro and read by a reader compiled from the schema (``reader``). Limits: at most 64
+KiB, only our own writer schemas (none is recursive or has zero-width items), nothing may follow the record,
+and whatever the reader raises is :class:`Undecodable`.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import fastavro
 
 from schemas.catalog import Schema, by_fingerprint
 from services.wire.errors import Undecodable, UnknownSchema
+from services.wire.reader import Reader, compile_reader
 
 Record = dict[str, Any]
 
@@ -97,20 +99,21 @@ class Decoder:
             UnknownSchema: the framing names no released schema.
         """
         schema, start = self.schema_of(value)
-        return schema, read_body(schema, value[start:])
+        return schema, read_body(schema, value, start)
 
 
-def read_body(schema: Schema, body: bytes) -> Record:
-    """The one record in ``body``.
+@cache
+def _reader(schema: Schema) -> Reader:
+    return compile_reader(schema.plain)
+
+
+def read_body(schema: Schema, value: bytes, start: int = 0) -> Record:
+    """The one record that fills ``value`` from ``start`` to its end.
 
     Raises:
-        Undecodable: fastavro fails, or bytes are left over (fastavro itself ignores them).
+        Undecodable: it is not exactly one record.
     """
-    stream = io.BytesIO(body)
     try:
-        record = fastavro.schemaless_reader(stream, schema.plain, None)
+        return _reader(schema)(value, start)
     except Exception as error:
         raise Undecodable("undecodable", type(error).__name__) from None
-    if stream.tell() != len(body):
-        raise Undecodable("undecodable", f"{len(body) - stream.tell()} bytes after the record")
-    return record  # type: ignore[no-any-return]
