@@ -9,6 +9,7 @@ import structlog
 
 from services.counters.closing import close_round
 from services.counters.config import load_configuration
+from services.counters.conservation import conservation
 from services.counters.generations import rotate_generations
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
@@ -16,7 +17,6 @@ from services.streaming import outbox
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.worker import Worker
 from services.wire import metrics
-from services.wire.kafka import AckedProducer
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
 from services.wire.topics import USAGE_VERSIONS
@@ -33,7 +33,7 @@ class DeltaTimer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database = Database(settings.postgres(), "deltas")
-        self._kafka = AckedProducer(settings.kafka())
+        self._kafka = outbox.relay_producer(settings.kafka())
         self._next_rotation = 0.0
 
     def tick(self) -> int:
@@ -49,8 +49,12 @@ class DeltaTimer:
             closed += deltas
             outbox.relay(db, GROUP, self._kafka)
             if items == 0:
-                metrics.DELTAS_CLOSED.inc(closed)
-                return closed
+                break
+        metrics.DELTAS_CLOSED.inc(closed)
+        metrics.CONSERVATION_GAP.set(conservation(db).gap)
+        waiting = db.execute("SELECT count(*) FROM outbox WHERE producer = %s", (GROUP,)).fetchone()
+        metrics.OUTBOX.labels(GROUP).set(waiting[0] if waiting else 0)
+        return closed
 
     async def loop(self) -> None:
         """Tick for ever; a world that is away is waited for."""

@@ -39,13 +39,12 @@ def read_version(db: psycopg.Connection[Any]) -> int:
 
 
 def load_configuration(db: psycopg.Connection[Any]) -> Configuration:
-    """Read everything, at one version.
+    """Read everything. The version is read first: a change in between is found, and read, by the next chunk.
 
     Raises:
         Misconfigured: a tenant has an unknown time zone.
     """
     with db.transaction():
-        db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         version = read_version(db)
         rows = db.execute(
             "SELECT m.tenant_id, m.meter, m.aggregation, m.lateness_seconds, m.late_policy, "

@@ -171,30 +171,32 @@ def _remember_ids(db: Connection, prepared: Prepared) -> dict[bytes, FirstSeen]:
     if not events:
         return {}
     tp, records = prepared.chunk.partition, prepared.chunk.records
+    version = USAGE_VERSIONS[tp.topic]
     ids = uuid_array([event[1] for event in events])
-    known = _first_seen(db, "SELECT EXISTS (SELECT FROM seen_previous)", "seen_previous", ids)
-    if known:
+    own_offsets = int8_array([records[event[0]].offset for event in events])
+    known: dict[bytes, FirstSeen] = {}
+    row = db.execute("SELECT EXISTS (SELECT FROM seen_previous)").fetchone()
+    if row is not None and row[0]:
+        known = _first_seen(db, "seen_previous", ids, own_offsets, version, tp.partition)
         events = [event for event in events if event[1] not in known]
         ids = uuid_array([event[1] for event in events])
+        own_offsets = int8_array([records[event[0]].offset for event in events])
     inserted = db.execute(
         'INSERT INTO seen_current (event_id, digest, source, partition, "offset") '
         "SELECT u.i, u.d, %s::smallint, %s::int, u.o FROM unnest(%s, %s, %s) AS u (i, d, o) "
         "ON CONFLICT DO NOTHING",
         (
-            USAGE_VERSIONS[tp.topic],
+            version,
             tp.partition,
             ids,
             int8_array([event[2] for event in events]),
-            int8_array([records[event[0]].offset for event in events]),
+            own_offsets,
         ),
     ).rowcount
     if inserted < len(events):
-        mine = (USAGE_VERSIONS[tp.topic], tp.partition)
-        own_offsets = {event[1]: records[event[0]].offset for event in events}
-        for event_id, first in _first_seen(db, None, "seen_current", ids).items():
-            if (first.version, first.partition) != mine or first.offset != own_offsets[event_id]:
-                known[event_id] = first
-        require(inserted + len(known) >= len(events), "an id was neither inserted nor there before")
+        others = _first_seen(db, "seen_current", ids, own_offsets, version, tp.partition)
+        require(inserted + len(others) == len(events), "an id was neither inserted nor there before")
+        known |= others
     return known
 
 
@@ -202,15 +204,15 @@ def _event_id(event: Event) -> bytes:
     return event[1]
 
 
-def _first_seen(db: Connection, only_if: str | None, table: str, ids: Any) -> dict[bytes, FirstSeen]:
-    if only_if is not None:
-        row = db.execute(only_if).fetchone()
-        if row is None or not row[0]:
-            return {}
+def _first_seen(
+    db: Connection, table: str, ids: Any, own_offsets: Any, version: int, partition: int
+) -> dict[bytes, FirstSeen]:
+    """The records that ``ids`` were first counted from, leaving out the ones that are this chunk's own."""
     rows = db.execute(
         f'SELECT uuid_send(s.event_id), s.digest, s.source, s.partition, s."offset" '  # noqa: S608
-        f"FROM unnest(%s) AS u (i) JOIN {table} s ON s.event_id = u.i",
-        (ids,),
+        f"FROM unnest(%s, %s) AS u (i, o) JOIN {table} s ON s.event_id = u.i "
+        'WHERE (s.source, s.partition, s."offset") IS DISTINCT FROM (%s::smallint, %s::int, u.o)',
+        (ids, own_offsets, version, partition),
         binary=True,
     ).fetchall()
     return {bytes(row[0]): FirstSeen(*row[1:]) for row in rows}

@@ -21,7 +21,6 @@ from services.streaming.observe import Health
 from services.streaming.worker import Applied, Worker
 from services.wire.codec import Decoder, Record
 from services.wire.errors import OffsetGap, Poison, UnknownSchema, require
-from services.wire.kafka import AckedProducer
 from services.wire.records import OutboxRow, Source, ops_event, parked_record
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
@@ -149,7 +148,7 @@ async def run(settings: Settings, sink: Sink | None = None) -> None:
 def _relay_loop(settings: Settings) -> Callable[[], Awaitable[None]]:
     """Send the ops events that the sender wrote, on a connection and a producer of their own."""
     database = Database(settings.postgres(), "pusher-relay")
-    kafka = AckedProducer(settings.kafka())
+    kafka = outbox.relay_producer(settings.kafka())
 
     async def loop() -> None:
         while True:

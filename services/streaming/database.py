@@ -32,6 +32,8 @@ class Database:
                 keepalives_idle=5,
                 keepalives_interval=2,
                 keepalives_count=3,
+                # A worker that is stopped inside a transaction must not hold its locks for ever.
+                options="-c idle_in_transaction_session_timeout=20000",
             )
         return self._connection
 

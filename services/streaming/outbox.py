@@ -18,6 +18,11 @@ from services.wire.records import OutboxRow
 
 RELAY_ROWS_MAX = 2000
 
+_TAKE = (
+    "SELECT outbox_id, topic, key, value, headers FROM outbox WHERE producer = %s "
+    "ORDER BY outbox_id LIMIT %s FOR UPDATE"
+)
+
 
 def enqueue(db: psycopg.Connection[Any], producer: str, rows: Sequence[OutboxRow]) -> None:
     """Write ``rows`` in the current transaction, in order."""
@@ -27,10 +32,15 @@ def enqueue(db: psycopg.Connection[Any], producer: str, rows: Sequence[OutboxRow
                 copy.write_row((producer, row.topic, row.key, row.value, Jsonb(dict(row.headers))))
 
 
-def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer) -> int:
+def relay_producer(bootstrap: str) -> AckedProducer:
+    """A producer that gives up well before the idle transaction that waits for it is ended."""
+    return AckedProducer(bootstrap, **{"delivery.timeout.ms": 10_000})
+
+
+def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer, *, wait: bool = False) -> int:
     """Send everything ``producer`` has waiting and return how many records that was.
 
-    Rows another relay holds are left to it.
+    Rows that another relay is sending are left to it; with ``wait``, it returns only once they are gone too.
 
     Raises:
         Transient: Kafka did not acknowledge; the rows stay.
@@ -39,17 +49,17 @@ def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer) -> i
     while True:
         with db.transaction():
             rows = db.execute(
-                "SELECT outbox_id, topic, key, value, headers FROM outbox WHERE producer = %s "
-                "ORDER BY outbox_id LIMIT %s FOR UPDATE SKIP LOCKED",
+                _TAKE if wait else _TAKE + " SKIP LOCKED",
                 (producer, RELAY_ROWS_MAX),
             ).fetchall()
             if not rows:
                 return sent
             fault_point("relay.before_send")
-            kafka.send_all(
+            records = [
                 (topic, key, value, {name: text.encode() for name, text in headers.items()})
                 for _, topic, key, value, headers in rows
-            )
+            ]
+            kafka.send_all(records, timeout_s=12.0)
             fault_point("relay.after_send")
             db.execute("DELETE FROM outbox WHERE outbox_id = ANY(%s)", ([row[0] for row in rows],))
         fault_point("relay.after_delete")

@@ -44,13 +44,13 @@ from services.streaming.observe import Health, Status, serve_observation
 from services.streaming.transport import ChunkConsumer, ChunkTransport, RawSchema
 from services.wire import metrics
 from services.wire.errors import OffsetGap
-from services.wire.kafka import AckedProducer
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 EXIT_BROKEN = 70
 EXIT_STUCK = 75
+GAP_SEEKS_MAX = 10
 
 P = TypeVar("P")
 
@@ -104,13 +104,13 @@ class Worker(Generic[P]):
         self.health = health or Health()
         self.after_apply = after_apply
         self.database = Database(settings.postgres(), group)
-        self.kafka = AckedProducer(settings.kafka())
+        self.kafka = outbox.relay_producer(settings.kafka())
         self.stopping = asyncio.Event()
         self._prepare_thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._apply_thread = ThreadPoolExecutor(1, thread_name_prefix="apply")
         self._in_flight: asyncio.Task[None] | None = None
         self._halted: dict[Partition, str] = {}
-        self._sought: dict[Partition, int] = {}
+        self._sought: dict[Partition, tuple[int, int]] = {}  # where to, and how often
         self._waiting_for: str | None = None
         self._assigned: set[Partition] = set()
         self._positions: dict[Partition, int] = {}
@@ -202,7 +202,8 @@ class Worker(Generic[P]):
         except BaseException as error:
             crash("chunk failed", error)
         fault_point("chunk.before_settle")
-        self._positions[chunk.partition] = applied.next_offset
+        if chunk.partition in self._assigned:
+            self._positions[chunk.partition] = applied.next_offset
         self.consumer.settle(chunk.partition, applied.next_offset)
         if applied.halted is not None:
             self._stop_partition(chunk.partition, applied.halted)
@@ -216,7 +217,7 @@ class Worker(Generic[P]):
 
     def _relay(self) -> int:
         with metrics.CHUNK_SECONDS.labels("relay").time():
-            return outbox.relay(self.database.connection(), self.group, self.kafka)
+            return outbox.relay(self.database.connection(), self.group, self.kafka, wait=True)
 
     async def _retried(
         self, world: str, pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any
@@ -248,17 +249,29 @@ class Worker(Generic[P]):
     # -- Gaps and halts ------------------------------------------------------------------------------
 
     async def _recover_gap(self, chunk: Chunk, gap: OffsetGap) -> None:
-        """Seek back once; if the records are gone, stop the partition."""
-        stored = (await self._retried("PostgreSQL", self._apply_thread, self._read_positions))[
-            chunk.partition
-        ]
-        if self._sought.get(chunk.partition) != stored.next_offset:
-            self._sought[chunk.partition] = stored.next_offset
-            log.warning("gap; seeking back", topic=chunk.partition.topic, partition=chunk.partition.partition)
-            await self.consumer.seek(TP(*chunk.partition), stored.next_offset)
+        """Seek back while the missing records are still there; else stop the partition.
+
+        Chunks fetched before the seek may still be queued, so a second gap at the same place proves nothing;
+        only many of them do (records missing inside the log, as after a transaction's markers).
+        """
+        tp = chunk.partition
+        positions, log_start = await self._retried(
+            "Kafka", self._apply_thread, self._position_and_log_start, tp
+        )
+        stored = positions[tp].next_offset
+        place, tries = self._sought.get(tp, (stored, 0))
+        tries = tries + 1 if place == stored else 1
+        if log_start <= stored and tries <= GAP_SEEKS_MAX:
+            self._sought[tp] = (stored, tries)
+            log.warning("gap; seeking back", topic=tp.topic, partition=tp.partition, offset=stored, error=gap)
+            await self.consumer.seek(TP(*tp), stored)
             return
-        await self._retried("PostgreSQL", self._apply_thread, self._store_halt, chunk.partition, "offset_gap")
-        self._stop_partition(chunk.partition, "offset_gap")
+        await self._retried("PostgreSQL", self._apply_thread, self._store_halt, tp, "offset_gap")
+        self._stop_partition(tp, "offset_gap")
+
+    def _position_and_log_start(self, tp: Partition) -> tuple[dict[Partition, offsets.Position], int]:
+        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        return self._read_positions(), log_starts(admin, [tp])[tp]
 
     def _store_halt(self, tp: Partition, reason: str) -> None:
         offsets.halt(self.database.connection(), self.group, tp, reason)

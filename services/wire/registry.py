@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-from confluent_kafka.schema_registry import Schema as RegistrySchema
-from confluent_kafka.schema_registry import SchemaRegistryClient, SchemaRegistryError
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from schemas.catalog import Schema, by_fingerprint
@@ -19,10 +17,15 @@ class Registry:
     """Looks ids up once each. Only schemas released here are accepted, whatever the registry holds."""
 
     def __init__(self, url: str) -> None:
+        # Imported here: it loads an HTTP client that a set-up without a registry does not need.
+        from confluent_kafka.schema_registry import SchemaRegistryClient
+
         self._client = SchemaRegistryClient({"url": url, "timeout": 10})
         self.schema_of = lru_cache(maxsize=1024)(self._schema_of)
 
     def _schema_of(self, schema_id: int) -> Schema:
+        from confluent_kafka.schema_registry import SchemaRegistryError
+
         try:
             text = self._client.get_schema(schema_id).schema_str
         except SchemaRegistryError as error:
@@ -43,6 +46,8 @@ class Registry:
         Raises:
             Transient: the registry does not answer.
         """
+        from confluent_kafka.schema_registry import Schema as RegistrySchema
+
         text = schema.path.read_text(encoding="utf-8")
         try:
             return int(self._client.register_schema(f"{topic}-value", RegistrySchema(text, "AVRO")))
