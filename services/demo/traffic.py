@@ -88,11 +88,24 @@ def _usage(chance: random.Random, seed: int, number: int, occurred_s: int) -> Pl
     meter = chance.choice(list(METERS))
     places = METERS[meter][2]
     quantity = Decimal(chance.randrange(1, 5000)).scaleb(-places)
-    path: Path = chance.choices(["api", "producer", "v2", "v1"], [50, 25, 15, 10])[0]  # type: ignore[assignment]
     properties = {"region": chance.choice(["eu-west", "us-east"])} if chance.random() < 0.3 else {}
     return Planned(
-        path, "on_time", f"demo-{seed}-{number}", tenant, customer, meter, quantity, occurred_s, properties
+        path_of(tenant, customer),
+        "on_time",
+        f"demo-{seed}-{number}",
+        tenant,
+        customer,
+        meter,
+        quantity,
+        occurred_s,
+        properties,
     )
+
+
+def path_of(tenant: str, customer: str) -> Path:
+    """Each customer's producer runs one release, so all of its usage comes in one way: half by the API."""
+    paths: tuple[Path, ...] = ("api", "producer", "api", "v2", "api", "v1", "api", "producer")
+    return paths[(len(tenant) + int(customer[-3:])) % len(paths)]
 
 
 def _with_kind(one: Planned, kind: Kind) -> Planned:
