@@ -45,10 +45,10 @@ def bench(
 ) -> None:
     """Run the benchmarks and keep their results; other keys of the file stay as they are.
 
-    Runs on the servers of TIDEMETER_KAFKA_BOOTSTRAP and TIDEMETER_POSTGRES_DSN, in topics and databases of its
-    own that it removes again; without these, on embedded servers in a temporary directory.
+    Runs on the servers of TIDEMETER_KAFKA_BOOTSTRAP and TIDEMETER_POSTGRES_DSN, in topics and databases of
+    its own that it removes again; without these, on embedded servers in a temporary directory.
 
-    Exit status: 0 done and every sum exact, 1 a sum is wrong or a contestant failed, 2 misused, 3 unavailable.
+    Exit status: 0 done and exact, 1 a sum is wrong or a contestant failed, 2 misused, 3 unavailable.
 
     Example: tidemeter bench counting --events 100000
     """

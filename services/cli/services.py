@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from services.cli.common import fail, sentences
+from services.wire.errors import Misconfigured
 from services.wire.log import configure_logging
-from services.wire.settings import data_directory, load_settings
+from services.wire.settings import data_directory, load_settings, running_runtime
 
 
 def ingest(
@@ -114,6 +115,11 @@ def up(
     stop = threading.Event()
     with sentences():
         configure_logging("info", service="up")
+        running = running_runtime()
+        if running:
+            raise Misconfigured(
+                f"it already runs, as process {running['pid']}: stop that one, or set TIDEMETER_DATA_DIR"
+            )
         settings = load_settings()
         wanted = port or (settings.http_port if is_free(settings.http_port) else None)
         stack = Stack(data_directory(), settings, http_port=wanted, counters=counters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from decimal import Decimal
 from typing import Annotated, Any
 
 import psycopg
@@ -90,8 +91,14 @@ def _watermarks(db: psycopg.Connection[Any]) -> list[dict[str, Any]]:
 
 def _deltas(db: psycopg.Connection[Any]) -> dict[str, dict[str, Any]]:
     rows = db.execute("SELECT state, count(*), sum(amount) FROM meter_events GROUP BY state").fetchall()
-    found = {state: {"count": count, "amount": format(amount, "f")} for state, count, amount in rows}
+    found = {state: {"count": count, "amount": _decimal(amount)} for state, count, amount in rows}
     return {state: found.get(state, {"count": 0, "amount": "0"}) for state in _STATES}
+
+
+def _decimal(value: Decimal) -> str:
+    """Without exponent and without trailing zeros."""
+    text = format(value, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _waiting(db: psycopg.Connection[Any]) -> dict[str, int]:
@@ -153,24 +160,33 @@ def status(
         raise typer.Exit(ATTENTION)
 
 
+#: Column heads of the outcomes that fit a terminal of 80 columns.
+_SHORT = ("counted", "dup", "conflict", "late", "adjust", "dead", "upcast")
+
+
+def _table(*columns: str, title: str) -> Table:
+    return Table(*columns, title=title, box=None, title_justify="left", title_style="bold", padding=(0, 1))
+
+
 def _print(document: dict[str, Any]) -> None:
     console = Console()
     lag = ", ".join(f"{group} {records}" for group, records in document["lag"].items())
     console.print(
         f"lag: {lag}    records: {document['records']}    conservation gap: {document['conservation_gap']}"
     )
-    outcomes = Table("tenant", "meter", "received", *OUTCOMES, title="outcomes")
+    outcomes = _table("tenant", "meter", "received", *_SHORT, title="outcomes")
     for row in document["meters"]:
         names = (row["tenant"] or "(unreadable)", row["meter"] or "-")
         outcomes.add_row(*names, *(str(row[column]) for column in ("received", *OUTCOMES)))
     console.print(outcomes)
-    marks = Table(
+    marks = _table(
         "tenant", "meter", "items", "oldest watermark", "newest watermark", "to close", title="watermarks"
     )
     for row in document["watermarks"]:
-        marks.add_row(*(str(value) for value in row.values()))
+        times = [(row[name] or "-")[:19] for name in ("oldest_watermark", "newest_watermark")]
+        marks.add_row(row["tenant"], row["meter"], str(row["items"]), *times, str(row["items_to_close"]))
     console.print(marks)
-    deltas = Table("state", "count", "amount", title="deltas")
+    deltas = _table("state", "count", "amount", title="deltas")
     for state, row in document["deltas"].items():
         deltas.add_row(state, str(row["count"]), row["amount"])
     console.print(deltas)

@@ -30,7 +30,7 @@ from services.ingest.keys import generate_key
 from services.producer import UsageProducer
 from services.wire.codec import Encoder
 from services.wire.kafka import producer_config
-from services.wire.settings import Settings, load_settings
+from services.wire.settings import PREFIX, Settings, load_settings
 from services.wire.topics import USAGE_TOPICS
 from services.wire.usage import UsageEvent, record_key
 
@@ -39,6 +39,7 @@ log = structlog.get_logger(__name__)
 BATCH = 1000
 QUIET_TIMEOUT_S = 180.0
 STRIPE_RATE = "900"
+KEPT_VARIABLES = (f"{PREFIX}CACHE_DIR", f"{PREFIX}MAVEN_REPOSITORY")
 
 Show = Callable[[str, dict[str, Any]], None]
 
@@ -78,10 +79,8 @@ def run_demo(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tidemeter-demo-") as directory:
         root = Path(directory)
-        os.environ["TIDEMETER_STRIPE_RATE_PER_SECOND"] = STRIPE_RATE
-        os.environ["TIDEMETER_DELTA_INTERVAL_SECONDS"] = "2"
-        settings = load_settings(kafka_bootstrap=None)
-        stack = Stack(root, settings)
+        _stand_alone(root)
+        stack = Stack(root, load_settings())
         stack.start(lambda text: show("start", {"text": text}))
         try:
             ours = load_settings(
@@ -102,6 +101,16 @@ def run_demo(
             return proof
         finally:
             stack.stop()
+
+
+def _stand_alone(root: Path) -> None:
+    """Forget every address this process was given: the demo touches nothing but its own servers."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        if name not in KEPT_VARIABLES:
+            del os.environ[name]
+    os.environ[f"{PREFIX}DATA_DIR"] = str(root)
+    os.environ[f"{PREFIX}STRIPE_RATE_PER_SECOND"] = STRIPE_RATE
+    os.environ[f"{PREFIX}DELTA_INTERVAL_SECONDS"] = "2"
 
 
 def _configure(settings: Settings) -> str:

@@ -39,7 +39,7 @@ def configure_logging(level: str = "info", form: LogFormat = "auto", **bound: st
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("faust", "mode", "aiokafka", "stripe", "urllib3", "httpx", "kafka"):
+    for noisy in ("faust", "mode", "yoyo", "aiokafka", "stripe", "urllib3", "httpx", "kafka"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -26,6 +26,16 @@ def data_directory() -> Path:
     return Path(os.environ.get(f"{PREFIX}DATA_DIR", "~/.local/share/tidemeter")).expanduser()
 
 
+def running_runtime() -> dict[str, Any]:
+    """What a running ``tidemeter up`` of this data directory wrote about itself; empty when none runs."""
+    try:
+        document: dict[str, Any] = json.loads((data_directory() / RUNTIME_FILE).read_text(encoding="utf-8"))
+        os.kill(int(document["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return {}
+    return document
+
+
 class _SecretFiles(PydanticBaseSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
@@ -51,13 +61,8 @@ class _RunningRuntime(PydanticBaseSettingsSource):
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        try:
-            document = json.loads((data_directory() / RUNTIME_FILE).read_text(encoding="utf-8"))
-            os.kill(int(document.pop("pid")), 0)
-        except (OSError, ValueError, KeyError):
-            return {}
         known = self.settings_cls.model_fields
-        return {name: value for name, value in document.items() if name in known}
+        return {name: value for name, value in running_runtime().items() if name in known}
 
 
 class Settings(BaseSettings):
