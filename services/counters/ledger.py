@@ -15,6 +15,7 @@ for each other but not in a circle.
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from services.streaming.faults import fault_point
 from services.streaming.outbox import enqueue
 from services.streaming.worker import Applied
 from services.wire import metrics
-from services.wire.errors import OffsetGap, require
+from services.wire.errors import OffsetGap, Transient, require
 from services.wire.pgarrays import int8_array, register, timestamp_array, timestamp_of, uuid_array
 from services.wire.records import OutboxRow, ops_event
 from services.wire.topics import USAGE_VERSIONS
@@ -107,7 +108,7 @@ class Counters:
         chunk = prepared.chunk
         if chunk.next_offset <= position.next_offset:
             metrics.REDELIVERED.inc(len(chunk.records))
-            return Applied(position.next_offset), {}
+            return Applied(position.next_offset, redelivered=True), {}
         if chunk.first_offset > position.next_offset:
             raise OffsetGap(f"{tp} is at {position.next_offset}, the chunk begins at {chunk.first_offset}")
         fresh = chunk.after(position.next_offset)
@@ -116,7 +117,9 @@ class Counters:
         if fresh is not chunk or prepared.config_version != self._version():
             prepared = self.prepare(fresh)
         parked_offsets, trip = breaker.feed(  # 3
-            position.parked_offsets, (fresh.records[one.index].offset for one in prepared.parked)
+            position.parked_offsets,
+            # Only what a release can break; a tenant's wrong meter or clock must not stop everybody else.
+            (fresh.records[one.index].offset for one in prepared.parked if one.outcome == "upcast_failed"),
         )
         if trip is not None:
             prepared = self.prepare(fresh.until(trip))
@@ -130,7 +133,8 @@ class Counters:
         enqueue(db, GROUP, rows)
         offsets.advance(db, GROUP, tp, next_offset, parked_offsets)  # 8
         halted = "too_many_parked" if trip is not None else None
-        return Applied(next_offset, outbox_rows=len(rows), halted=halted), _outcome_totals(prepared)
+        applied = Applied(next_offset, len(rows), halted, redelivered=fresh is not chunk)
+        return applied, _outcome_totals(prepared)
 
     def _version(self) -> int:
         return -1 if self._config is None else self._config.version
@@ -166,56 +170,52 @@ def _account_parked(prepared: Prepared) -> None:
 
 
 def _remember_ids(db: Connection, prepared: Prepared) -> dict[bytes, FirstSeen]:
-    """Insert the ids of this chunk; returns those that were there before, with their first record."""
+    """Insert the ids of this chunk; returns those that were there before, with their first record.
+
+    A look-up and a binary COPY of the rest cost half of INSERT … ON CONFLICT, which writes a second WAL
+    record for each row. The price: when another worker inserts one of the ids in between, the COPY fails.
+
+    Raises:
+        Transient: that happened; the next attempt finds the id.
+    """
     events = sorted(prepared.events, key=_event_id)
     if not events:
         return {}
+    rows = db.execute(
+        _FIRST_SEEN, {"ids": uuid_array([event[1] for event in events])}, binary=True
+    ).fetchall()
+    known = {bytes(row[0]): FirstSeen(*row[1:]) for row in rows}
     tp, records = prepared.chunk.partition, prepared.chunk.records
-    version = USAGE_VERSIONS[tp.topic]
-    ids = uuid_array([event[1] for event in events])
-    own_offsets = int8_array([records[event[0]].offset for event in events])
-    known: dict[bytes, FirstSeen] = {}
-    row = db.execute("SELECT EXISTS (SELECT FROM seen_previous)").fetchone()
-    if row is not None and row[0]:
-        known = _first_seen(db, "seen_previous", ids, own_offsets, version, tp.partition)
-        events = [event for event in events if event[1] not in known]
-        ids = uuid_array([event[1] for event in events])
-        own_offsets = int8_array([records[event[0]].offset for event in events])
-    inserted = db.execute(
-        'INSERT INTO seen_current (event_id, digest, source, partition, "offset") '
-        "SELECT u.i, u.d, %s::smallint, %s::int, u.o FROM unnest(%s, %s, %s) AS u (i, d, o) "
-        "ON CONFLICT DO NOTHING",
-        (
-            version,
-            tp.partition,
-            ids,
-            int8_array([event[2] for event in events]),
-            own_offsets,
-        ),
-    ).rowcount
-    if inserted < len(events):
-        others = _first_seen(db, "seen_current", ids, own_offsets, version, tp.partition)
-        require(inserted + len(others) == len(events), "an id was neither inserted nor there before")
-        known |= others
+    version, partition = USAGE_VERSIONS[tp.topic], tp.partition
+    new = [
+        _SEEN_ROW(5, 16, event_id, 8, digest, 2, version, 4, partition, 8, records[index].offset)
+        for index, event_id, digest, _, _, _ in events
+        if event_id not in known
+    ]
+    try:
+        with db.cursor().copy(_COPY_SEEN) as copy:
+            copy.write(_COPY_HEADER + b"".join(new) + _COPY_END)
+    except psycopg.errors.UniqueViolation as error:
+        raise Transient("another worker has counted one of these ids meanwhile") from error
     return known
+
+
+_FIRST_SEEN = """
+SELECT uuid_send(s.event_id), s.digest, s.source, s.partition, s."offset"
+FROM unnest(%(ids)s) AS u (i) JOIN seen_current s ON s.event_id = u.i
+UNION ALL
+SELECT uuid_send(s.event_id), s.digest, s.source, s.partition, s."offset"
+FROM unnest(%(ids)s) AS u (i) JOIN seen_previous s ON s.event_id = u.i
+"""
+_COPY_SEEN = 'COPY seen_current (event_id, digest, source, partition, "offset") FROM STDIN (FORMAT BINARY)'
+#: PostgreSQL, COPY, "Binary Format": signature, flags, no extension; then rows of five fields with lengths.
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
+_COPY_END = struct.pack(">h", -1)
+_SEEN_ROW = struct.Struct(">hi16siqihiiiq").pack
 
 
 def _event_id(event: Event) -> bytes:
     return event[1]
-
-
-def _first_seen(
-    db: Connection, table: str, ids: Any, own_offsets: Any, version: int, partition: int
-) -> dict[bytes, FirstSeen]:
-    """The records that ``ids`` were first counted from, leaving out the ones that are this chunk's own."""
-    rows = db.execute(
-        f'SELECT uuid_send(s.event_id), s.digest, s.source, s.partition, s."offset" '  # noqa: S608
-        f"FROM unnest(%s, %s) AS u (i, o) JOIN {table} s ON s.event_id = u.i "
-        'WHERE (s.source, s.partition, s."offset") IS DISTINCT FROM (%s::smallint, %s::int, u.o)',
-        (ids, own_offsets, version, partition),
-        binary=True,
-    ).fetchall()
-    return {bytes(row[0]): FirstSeen(*row[1:]) for row in rows}
 
 
 def _lock_items(db: Connection, prepared: Prepared) -> None:

@@ -17,7 +17,7 @@ from services.streaming.chunks import Chunk, RawRecord
 from services.wire import topics
 from services.wire.codec import SCHEMA_HEADER, Decoder, Record
 from services.wire.errors import Undecodable, UnknownSchema
-from services.wire.records import OutboxRow, Source, ops_event, parked_record
+from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
 from services.wire.usage import (
     FUTURE_TOLERANCE_US,
     QUANTITY_MAX,
@@ -287,7 +287,7 @@ def parked_rows(chunk: Chunk, parked: Sequence[Parked], at_us: int) -> list[Outb
                 stage=one.stage,
                 error_class=one.error_class,
                 service=SERVICE,
-                original_headers={name: text.decode("utf-8", "replace") for name, text in raw.headers},
+                original_headers=header_texts(raw.headers),
                 **one.identifiers,
             )
         )

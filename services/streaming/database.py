@@ -9,7 +9,12 @@ import psycopg
 from services.wire.errors import Transient
 
 #: What a retry can cure: lost connections, restarts, deadlocks, full disks, time-outs.
-TRANSIENT_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, Transient)
+TRANSIENT_ERRORS = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.IdleInTransactionSessionTimeout,  # how a worker that was stopped finds out
+    Transient,
+)
 
 
 class Database:

@@ -89,6 +89,15 @@ class ChunkConsumer(driver.Consumer):  # type: ignore[misc]
         self._unacked_messages.discard(message)
         return True
 
+    def on_buffer_full(self, tp: TP) -> None:
+        """Back-pressure is the queue's own limit: the fetcher waits for room in it.
+
+        Faust would stop fetching the partition, and sleep a whole second once all of them are stopped.
+        """
+
+    def on_buffer_drop(self, tp: TP) -> None:
+        """See :meth:`on_buffer_full`."""
+
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Gaps are judged against the stored position, in the transaction."""
 

@@ -5,7 +5,8 @@ The contract, point by point:
 1. one agent for the handler's topics, ``concurrency=1``, raw bytes in, decoding inside the body;
 2. the body never raises: transient failures are retried in place, anything else ends the process at once
    with ``os._exit``, because Faust commits past whatever an agent body raised on;
-3. a gap in the offsets stops the partition, with a reason, after one attempt to seek back to it;
+3. a gap in the offsets stops the partition, with a reason, unless the records are still there to seek to;
+   so does a log that ends below the stored position;
 4. on assignment, and after every seek of Faust's own, a group offset ahead of PostgreSQL is moved back;
 5. a short session timeout, and static membership when the worker has a name, so that a killed worker's
    partitions move in seconds;
@@ -22,14 +23,16 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import faust
+import psycopg
 import structlog
 from confluent_kafka.admin import AdminClient
 from faust.types import TP
@@ -39,11 +42,12 @@ from services.streaming import offsets, outbox
 from services.streaming.chunks import Chunk, Partition
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
-from services.streaming.lag import behind, log_ends, log_starts
+from services.streaming.lag import behind, log_ends, log_starts, topic_partitions
 from services.streaming.observe import Health, Status, serve_observation
 from services.streaming.transport import ChunkConsumer, ChunkTransport, RawSchema
 from services.wire import metrics
-from services.wire.errors import OffsetGap
+from services.wire.errors import OffsetGap, Transient
+from services.wire.records import ops_event
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -62,6 +66,8 @@ class Applied:
     next_offset: int
     outbox_rows: int = 0
     halted: str | None = None
+    #: Records of the chunk were committed before, perhaps by a worker that died before it relayed for them.
+    redelivered: bool = False
 
 
 class ChunkHandler(Protocol[P]):
@@ -111,7 +117,7 @@ class Worker(Generic[P]):
         self._in_flight: asyncio.Task[None] | None = None
         self._halted: dict[Partition, str] = {}
         self._sought: dict[Partition, tuple[int, int]] = {}  # where to, and how often
-        self._waiting_for: str | None = None
+        self._waiting: dict[object, str] = {}  # by call: what each waits for
         self._assigned: set[Partition] = set()
         self._positions: dict[Partition, int] = {}
         self._kafka_reachable = True
@@ -192,7 +198,7 @@ class Worker(Generic[P]):
     async def _finish(self, chunk: Chunk, prepared: P) -> None:
         try:
             applied = await self._retried("PostgreSQL", self._apply_thread, self._apply, prepared)
-            if applied.outbox_rows:
+            if applied.outbox_rows or applied.redelivered:
                 await self._retried("Kafka", self._apply_thread, self._relay)
         except asyncio.CancelledError:
             raise
@@ -226,10 +232,12 @@ class Worker(Generic[P]):
 
         def waiting(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
-            self._waiting_for = f"{world} ({type(error).__name__})"
-            metrics.RETRIES.labels(world).inc()
-            log.warning("waiting", world=world, error=error, attempt=state.attempt_number)
+            missing = "PostgreSQL" if isinstance(error, psycopg.Error) else world
+            self._waiting[call_id] = f"{missing} ({type(error).__name__})"
+            metrics.RETRIES.labels(missing).inc()
+            log.warning("waiting", world=missing, error=error, attempt=state.attempt_number)
 
+        call_id = object()
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(TRANSIENT_ERRORS),
@@ -244,7 +252,7 @@ class Worker(Generic[P]):
                             self.database.reset()
                         raise
         finally:
-            self._waiting_for = None
+            self._waiting.pop(call_id, None)
 
     # -- Gaps and halts ------------------------------------------------------------------------------
 
@@ -266,15 +274,31 @@ class Worker(Generic[P]):
             log.warning("gap; seeking back", topic=tp.topic, partition=tp.partition, offset=stored, error=gap)
             await self.consumer.seek(TP(*tp), stored)
             return
-        await self._retried("PostgreSQL", self._apply_thread, self._store_halt, tp, "offset_gap")
-        self._stop_partition(tp, "offset_gap")
+        await self._halt(tp, "offset_gap")
 
     def _position_and_log_start(self, tp: Partition) -> tuple[dict[Partition, offsets.Position], int]:
         admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
         return self._read_positions(), log_starts(admin, [tp])[tp]
 
+    async def _halt(self, tp: Partition, reason: str) -> None:
+        """Stop the partition for good: stored, and with an ops event. Only an operator takes it up again."""
+        await self._retried("PostgreSQL", self._apply_thread, self._store_halt, tp, reason)
+        self._stop_partition(tp, reason)
+
     def _store_halt(self, tp: Partition, reason: str) -> None:
-        offsets.halt(self.database.connection(), self.group, tp, reason)
+        db = self.database.connection()
+        with db.transaction():
+            position = offsets.lock_position(db, self.group, tp)
+            if position is not None and offsets.halt(db, self.group, tp, reason):
+                alarm = ops_event(
+                    "partition_halted",
+                    subject_type="partition",
+                    subject_id=f"{tp.topic}/{tp.partition}/{position.next_offset}",
+                    source=self.group.removeprefix("tidemeter-"),
+                    at_us=time.time_ns() // 1000,
+                    attributes={"reason": reason},
+                )
+                outbox.enqueue(db, self.group, [alarm])
 
     def _stop_partition(self, tp: Partition, reason: str) -> None:
         self._halted[tp] = reason
@@ -314,13 +338,22 @@ class Worker(Generic[P]):
             known = self._read_positions()
         return {tp: known[tp] for tp in assigned}
 
+    def _log_ends(self, assigned: Sequence[Partition]) -> dict[Partition, int]:
+        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        return log_ends(admin, assigned)
+
     async def reconcile_offsets(self) -> None:
-        """After Faust sought to the committed offsets: nowhere start above what PostgreSQL says."""
+        """After Faust sought to the committed offsets: nowhere start above what PostgreSQL says.
+
+        A log that ends below the stored position is another log (a topic created anew, a restored broker):
+        its records would pass for redelivered ones, so the partition halts.
+        """
         consumer = self.consumer
         assigned = [
             Partition(tp.topic, tp.partition) for tp in consumer.assignment() if tp.topic in self.topics
         ]
         positions = await self._retried("PostgreSQL", self._apply_thread, self._positions_for, assigned)
+        ends = await self._retried("Kafka", self._apply_thread, self._log_ends, assigned)
         committed = consumer.committed_offsets()
         self._assigned = set(assigned)
         self._positions = {tp: position.next_offset for tp, position in positions.items()}
@@ -338,14 +371,16 @@ class Worker(Generic[P]):
                 await consumer.seek(TP(*tp), position.next_offset)
             if position.halted is not None:
                 self._stop_partition(tp, position.halted)
+            elif position.next_offset > ends[tp]:
+                await self._halt(tp, "log_truncated")
         for tp in [tp for tp in self._halted if tp not in self._assigned]:
             metrics.HALTED.labels(tp.topic, str(tp.partition), self._halted.pop(tp)).set(0)
 
     # -- Health and watchdog -------------------------------------------------------------------------
 
     def _stream_health(self) -> tuple[Status, str]:
-        if self._waiting_for is not None:
-            return "unhealthy", f"waiting for {self._waiting_for}"
+        for world in list(self._waiting.values()):
+            return "unhealthy", f"waiting for {world}"
         if self._halted:
             tp, reason = next(iter(self._halted.items()))
             return (
@@ -377,7 +412,7 @@ class Worker(Generic[P]):
             for tp, records in lag.items():
                 metrics.LAG.labels(self.group, tp.topic, str(tp.partition)).set(records)
             idle = not any(lag[tp] for tp in running if tp in lag)
-            if idle or positions != last or self._waiting_for is not None:
+            if idle or positions != last or self._waiting:
                 moved_at, last = time.monotonic(), positions
             elif time.monotonic() - moved_at > self.settings.watchdog_seconds:
                 log.critical("no progress with records waiting", lag=sum(lag.values()), exit_code=EXIT_STUCK)
@@ -392,16 +427,23 @@ class Worker(Generic[P]):
         # thresholds walk all of them dozens of times for each chunk, which costs a third of the throughput.
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)
+        # With the default of 5 ms, each answer of PostgreSQL waits that long for the decoding thread to let
+        # go of the interpreter, ten times a chunk.
+        sys.setswitchinterval(0.0005)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
         runner, port = await serve_observation(
             self.health, self.settings.observe_host, self.settings.observe_port
         )
         log.info("worker starts", group=self.group, observe_port=port)
-        await self._retried("PostgreSQL", self._apply_thread, self.database.connection)
-        await self._retried("Kafka", self._apply_thread, self._relay)
+        if not await self._until_stopped(self._await_world()):
+            await runner.cleanup()
+            return
         threading.Thread(target=self._watchdog, daemon=True, name="watchdog").start()
-        await self.app.start()
+        try:
+            await self.app.start()
+        except Exception as error:
+            crash("Faust did not start", error)
         tasks = [asyncio.create_task(self._guarded(part)) for part in (self._watch_halts, *background)]
         while not self.stopping.is_set():
             if self.app.crashed:
@@ -409,12 +451,36 @@ class Worker(Generic[P]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), timeout=0.5)
         log.info("worker stops", group=self.group)
-        await self._drained()
+        await self.drain_or_abandon()
         await self.app.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await runner.cleanup()
+
+    async def _await_world(self) -> None:
+        """PostgreSQL and the brokers answer, and what an earlier process decided to send is sent."""
+        await self._retried("PostgreSQL", self._apply_thread, self.database.connection)
+        await self._retried("Kafka", self._apply_thread, self._find_topics)
+        await self._retried("Kafka", self._apply_thread, self._relay)
+
+    def _find_topics(self) -> None:
+        """Faust gives up on brokers and topics that are not there yet, so it is not started before."""
+        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        known = {tp.topic for tp in topic_partitions(admin, self.topics)}
+        if missing := [topic for topic in self.topics if topic not in known]:
+            raise Transient(f"no topic {missing[0]}: run `tidemeter migrate`")
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do ``work``; False when the worker was told to stop first."""
+        task, stop = asyncio.create_task(work), asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            return False
+        await task
+        return True
 
     async def _guarded(self, part: Callable[[], Awaitable[None]]) -> None:
         try:

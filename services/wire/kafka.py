@@ -23,6 +23,8 @@ def producer_config(bootstrap: str, **overrides: Any) -> dict[str, Any]:
         "compression.type": "lz4",
         "linger.ms": 5,
         "batch.size": 256 * 1024,
+        # The brokers judge sizes, after compression. A record that could be read can be parked.
+        "message.max.bytes": 128 * 1024 * 1024,
         "partitioner": "murmur2_random",
         "delivery.timeout.ms": 30_000,
         "queue.buffering.max.messages": 100_000,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,6 +41,21 @@ class Source:
     def key(self) -> bytes:
         """Key of what is written about this record: ``["topic",partition,offset]``."""
         return json.dumps([self.topic, self.partition, self.offset], separators=(",", ":")).encode()
+
+
+def header_texts(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
+    """Kafka headers as text that both Kafka and PostgreSQL hold.
+
+    A header may be null or hold any bytes; what is not UTF-8, and NUL, becomes an escape such as ``\\xff``.
+    """
+    return {
+        _without_nul(name): _without_nul((value or b"").decode("utf-8", "backslashreplace"))
+        for name, value in headers
+    }
+
+
+def _without_nul(text: str) -> str:
+    return text.replace("\x00", "\\x00")
 
 
 def parked_record(

@@ -65,13 +65,15 @@ def plan_topics(
         return TopicPlan(name, partitions, replication, min_insync_replicas, retention_ms, config)
 
     arrival = {"message.timestamp.type": "LogAppendTime"}
+    # The largest record of another topic, and the headers that say why it is here.
+    roomy = {"max.message.bytes": str(2 * 1024 * 1024)}
     return [
         *(topic(name, usage_retention_days, **arrival) for name in USAGE_TOPICS.values()),
         topic(STRIPE_WEBHOOKS, 90, **arrival),
         topic(DELTAS, usage_retention_days),
-        topic(DEAD_LETTERS, -1),
-        topic(UPCAST_FAILURES, -1),
-        topic(CONFLICTS, usage_retention_days),
+        topic(DEAD_LETTERS, -1, **roomy),
+        topic(UPCAST_FAILURES, -1, **roomy),
+        topic(CONFLICTS, usage_retention_days, **roomy),
         topic(ADJUSTMENTS, -1),
         topic(OPS, 90),
     ]
