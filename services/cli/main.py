@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -15,11 +17,25 @@ from services.cli.send import send
 
 app = typer.Typer(
     name="tidemeter",
-    help="Usage metering on Kafka: exact counters, late events, idempotent deltas to Stripe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version("tidemeter"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Usage metering on Kafka: exact counters, late events, idempotent deltas to Stripe."""
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli.common import fail, sentences
+from services.cli.common import JsonFlag, fail, sentences
 from services.wire.errors import Misconfigured
 from services.wire.log import configure_logging
 from services.wire.settings import data_directory, load_settings, running_runtime
@@ -74,7 +75,7 @@ def stripe_simulator(
     run(SimulatorConfig(port=port, data_path=data, rate_per_second=rate, summary_lag_seconds=summary_lag))
 
 
-def migrate() -> None:
+def migrate(as_json: JsonFlag = False) -> None:
     """Create missing topics and apply missing migrations. Safe to repeat.
 
     Example: tidemeter migrate
@@ -94,6 +95,9 @@ def migrate() -> None:
             ),
         )
         applied = apply_migrations(settings.postgres())
+    if as_json:
+        typer.echo(json.dumps({"topics_created": created, "migrations_applied": applied}))
+    else:
         typer.echo(f"{len(created)} topics created, {applied} migrations applied")
 
 

@@ -34,7 +34,7 @@ def enqueue(db: psycopg.Connection[Any], producer: str, rows: Sequence[OutboxRow
 
 def relay_producer(bootstrap: str) -> AckedProducer:
     """A producer that gives up well before the idle transaction that waits for it is ended."""
-    return AckedProducer(bootstrap, **{"delivery.timeout.ms": 10_000})
+    return AckedProducer(bootstrap, **{"delivery.timeout.ms": 10_000, "linger.ms": 0})
 
 
 def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer, *, wait: bool = False) -> int:
@@ -64,3 +64,5 @@ def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer, *, w
             db.execute("DELETE FROM outbox WHERE outbox_id = ANY(%s)", ([row[0] for row in rows],))
         fault_point("relay.after_delete")
         sent += len(rows)
+        if len(rows) < RELAY_ROWS_MAX:
+            return sent
