@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from services.wire.log import configure_logging
 #: Name to module; each has ``run``, ``render`` and the ``KEY`` of its result.
 BENCHES = {"counting": "bench.counting", "late": "bench.late_events"}
 
-WRONG, MISUSED, UNAVAILABLE = 1, 2, 3
+WRONG, MISUSED, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 130
 
 
 def _fail(message: str, code: int) -> typer.Exit:
@@ -48,13 +49,15 @@ def bench(
     Runs on the servers of TIDEMETER_KAFKA_BOOTSTRAP and TIDEMETER_POSTGRES_DSN, in topics and databases of
     its own that it removes again; without these, on embedded servers in a temporary directory.
 
-    Exit status: 0 done and exact, 1 a sum is wrong or a contestant failed, 2 misused, 3 unavailable.
+    Exit status: 0 done and exact, 1 a sum is wrong or a contestant failed, 2 misused, 3 unavailable,
+    130 interrupted.
 
     Example: tidemeter bench counting --events 100000
     """
     if name is not None and name not in BENCHES:
         raise _fail(f"no benchmark {name}; there are {', '.join(BENCHES)}", MISUSED)
     configure_logging("warning")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
     console = Console(stderr=True)
 
     def say(line: str) -> None:
@@ -62,6 +65,8 @@ def bench(
 
     try:
         results = _run([name] if name is not None else list(BENCHES), events, seed, say, out, as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
     except Misconfigured as error:
         raise _fail(str(error), MISUSED) from None
     except (EmbeddedError, Transient) as error:

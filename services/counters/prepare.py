@@ -19,12 +19,16 @@ from services.wire.codec import SCHEMA_HEADER, Decoder, Record
 from services.wire.errors import Undecodable, UnknownSchema
 from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
 from services.wire.usage import (
+    EARLIEST_US,
     FUTURE_TOLERANCE_US,
     QUANTITY_MAX,
     QUANTITY_UNIT,
     content_digest,
     event_id_hash,
     item_id_hash,
+)
+from services.wire.usage import (
+    IDEMPOTENCY_KEY_CHARS_MAX as KEY_CHARS_MAX,
 )
 from upcasters.chain import InvalidAfterUpcast, MissingUpcaster, UpcasterFailed, Upcasters
 from upcasters.values import Rejected
@@ -124,14 +128,15 @@ class Preparer:
         """Decode, upcast and validate every record of ``chunk`` against ``config``."""
         prepared = Prepared(chunk, config.version)
         expected = released()["usage_event", topics.USAGE_VERSIONS[chunk.partition.topic]]
-        expected_name = expected.name.encode()
+        expected_headers = ((SCHEMA_HEADER, expected.name.encode()),)
         decode = self._decoder.decode
         seen: set[bytes] = set()
         for index, raw in enumerate(chunk.records):
             record: Record = {}
             try:
                 schema, record = decode(raw.value or b"")
-                _check_agreement(schema, expected, raw, expected_name)
+                if schema is not expected or raw.headers != expected_headers:
+                    _check_agreement(schema, expected, raw)
                 if schema is not self._current:
                     record = self._upcasters.to_current(schema.subject, schema.version, record)
             except (Undecodable, UnknownSchema) as error:
@@ -182,14 +187,19 @@ class Preparer:
         occurred = record["occurred_at"]
         if occurred is None:
             occurred = arrival_us
-        reason = _unfit(item.meter, record["idempotency_key"], quantity, occurred, arrival_us)
-        if reason is not None:
-            prepared.parked.append(_dead_letter(index, reason, record))
+        key = record["idempotency_key"]
+        if not (
+            0 < len(key) <= KEY_CHARS_MAX
+            and "\x00" not in key
+            and (0 if not item.meter.allow_negative else -_QUANTITY_LIMIT) <= quantity <= _QUANTITY_LIMIT
+            and EARLIEST_US <= occurred <= arrival_us + FUTURE_TOLERANCE_US
+        ):
+            prepared.parked.append(_dead_letter(index, _unfit(key, quantity, occurred, arrival_us), record))
             return None
         item.account.received += 1
         return (
             index,
-            event_id_hash(tenant_id, record["idempotency_key"]),
+            event_id_hash(tenant_id, key),
             content_digest(record),
             item,
             occurred,
@@ -204,11 +214,11 @@ _UPCAST_REASONS: Mapping[type[Exception], str] = {
 }
 
 
-def _check_agreement(schema: Schema, expected: Schema, raw: RawRecord, expected_name: bytes) -> None:
+def _check_agreement(schema: Schema, expected: Schema, raw: RawRecord) -> None:
     if schema is not expected:
         raise UnknownSchema("unknown_schema", "topic and framing name different schemas")
     for name, text in raw.headers:
-        if name == SCHEMA_HEADER and text != expected_name:
+        if name == SCHEMA_HEADER and text != expected.name.encode():
             raise UnknownSchema("unknown_schema", "header and framing name different schemas")
 
 
@@ -221,22 +231,15 @@ def _unfit_identity(record: Record) -> str | None:
     return None
 
 
-def _unfit(meter: Meter, key: str, quantity: int, occurred_us: int, arrival_us: int) -> str | None:
-    if not 0 < len(key) <= 255 or "\x00" in key:
+def _unfit(key: str, quantity: int, occurred_us: int, arrival_us: int) -> str:
+    """Which rule an event broke that passed none of :meth:`Preparer._event`'s."""
+    if not 0 < len(key) <= KEY_CHARS_MAX or "\x00" in key:
         return "invalid_idempotency_key"
     if not -_QUANTITY_LIMIT <= quantity <= _QUANTITY_LIMIT:
         return "quantity_out_of_range"
-    if quantity < 0 and not meter.allow_negative:
-        return "quantity_negative"
     if occurred_us > arrival_us + FUTURE_TOLERANCE_US:
         return "timestamp_in_future"
-    if occurred_us < EARLIEST_US:
-        return "timestamp_out_of_range"
-    return None
-
-
-#: 2000-01-01. Anything earlier is a unit mistake, not a late event.
-EARLIEST_US = 946_684_800_000_000
+    return "timestamp_out_of_range" if occurred_us < EARLIEST_US else "quantity_negative"
 
 
 def _identifiers(record: Record) -> dict[str, str]:

@@ -134,12 +134,12 @@ def _blocks(into: str, empty: str, item: list[str]) -> list[str]:
     """Blocks of items: a count each, zero at the end; a negative count is followed by a size in bytes."""
     return [
         f"{into} = {empty}",
-        "count, at = read_long(data, at)",
+        "count, at = (data[at] >> 1, at + 1) if not data[at] & 0x81 else read_long(data, at)",
         "while count:",
         "    if count < 0:",
         "        count, (_, at) = -count, read_long(data, at)",
         "    while count:",
         *_indent(item, 2),
         "        count -= 1",
-        "    count, at = read_long(data, at)",
+        "    count, at = (data[at] >> 1, at + 1) if not data[at] & 0x81 else read_long(data, at)",
     ]
