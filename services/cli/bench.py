@@ -57,11 +57,11 @@ def bench(
     if name is not None and name not in BENCHES:
         raise _fail(f"no benchmark {name}; there are {', '.join(BENCHES)}", MISUSED)
     configure_logging("warning")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or nobody would clean up
     console = Console(stderr=True)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, style="dim")
+        console.print(line, highlight=False, style="dim", soft_wrap=True)
 
     try:
         results = _run([name] if name is not None else list(BENCHES), events, seed, say, out, as_json)
@@ -71,6 +71,8 @@ def bench(
         raise _fail(str(error), MISUSED) from None
     except (EmbeddedError, Transient) as error:
         raise _fail(str(error), UNAVAILABLE) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     if not all(result["checked"] for result in results.values()):
@@ -89,9 +91,7 @@ def _run(
     try:
         modules = [import_module(BENCHES[name]) for name in names]
     except ModuleNotFoundError as error:
-        raise Misconfigured(
-            f"{error.name} is not installed: pip install 'tidemeter[dev,embedded]'"
-        ) from error
+        raise Misconfigured(f"{error.name} is not installed: pip install 'tidemeter[embedded]'") from error
     from bench.counting import ContestantFailed
     from bench.results import RESULTS, merge
     from bench.servers import servers

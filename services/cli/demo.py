@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from services.cli.common import ATTENTION, INTERRUPTED, MISUSED, UNAVAILABLE, JsonFlag, fail
+from services.cli.common import ATTENTION, INTERRUPTED, MISUSED, UNAVAILABLE, JsonFlag, fail, plain
 from services.wire.log import configure_logging
 
 if TYPE_CHECKING:
@@ -134,10 +134,10 @@ def print_proof(proof: Proof) -> None:
     outcomes.add_row("conservation gap", str(proof.conservation_gap), "0")
     console.print(outcomes)
     totals = Table("total", "value", title="What it adds up to")
-    totals.add_row("oracle", format(proof.expected_total, "f"))
-    totals.add_row("counters (PostgreSQL)", format(proof.local_total, "f"))
-    totals.add_row("Stripe's own ledger", format(proof.stripe_total, "f"))
-    totals.add_row("difference", format(proof.stripe_difference, "f"))
+    totals.add_row("oracle", plain(proof.expected_total))
+    totals.add_row("counters (PostgreSQL)", plain(proof.local_total))
+    totals.add_row("Stripe's own ledger", plain(proof.stripe_total))
+    totals.add_row("difference", plain(proof.stripe_difference))
     totals.add_row("hours that differ from the oracle", str(proof.wrong_buckets))
     totals.add_row("items that differ at Stripe", str(proof.wrong_items_at_stripe))
     console.print(totals)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from decimal import Decimal
 from typing import Annotated, Any
 
 import psycopg
@@ -13,7 +12,7 @@ from confluent_kafka.admin import AdminClient
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.common import ATTENTION, JsonFlag, database, sentences
+from services.cli.common import ATTENTION, JsonFlag, database, plain, sentences
 from services.counters.conservation import conservation, outcomes_by_meter
 from services.counters.ledger import GROUP as COUNTERS
 from services.counters.prepare import OUTCOMES
@@ -91,14 +90,8 @@ def _watermarks(db: psycopg.Connection[Any]) -> list[dict[str, Any]]:
 
 def _deltas(db: psycopg.Connection[Any]) -> dict[str, dict[str, Any]]:
     rows = db.execute("SELECT state, count(*), sum(amount) FROM meter_events GROUP BY state").fetchall()
-    found = {state: {"count": count, "amount": _decimal(amount)} for state, count, amount in rows}
+    found = {state: {"count": count, "amount": plain(amount)} for state, count, amount in rows}
     return {state: found.get(state, {"count": 0, "amount": "0"}) for state in _STATES}
-
-
-def _decimal(value: Decimal) -> str:
-    """Without exponent and without trailing zeros."""
-    text = format(value, "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _waiting(db: psycopg.Connection[Any]) -> dict[str, int]:

@@ -192,7 +192,7 @@ def test_accounts_are_kept_for_each_tenant_and_meter(db: Database) -> None:
 
 
 def test_closing_is_repeatable_and_waits_for_open_deltas(db: Database) -> None:
-    """Given a delta under way, more usage of the item waits; once it is settled, the rest follows, numbered."""
+    """Given a delta under way, more usage of the item waits; once it is settled, the rest follows."""
     handler = counters(db)
     feed(db, handler, v3(customer_ref="cus_1"))
     assert close_round(db) == (1, 1)
