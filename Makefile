@@ -14,7 +14,7 @@ up: $(READY)     ## start everything on this machine: Kafka, PostgreSQL, API, wo
 demo: $(READY)   ## push 20,000 events through everything, kill a worker, and prove the sums
 	$(VENV)/bin/tidemeter demo --events 20000 --seed 7 --once
 
-test: $(READY)   ## all tests but the long fault tests
+test: $(READY) $(BENCH_READY)   ## all tests but the long fault tests
 	$(VENV)/bin/pytest -m "not faults"
 
 test-faults: $(READY)   ## the long fault tests: 50 real SIGKILLs and more
@@ -31,7 +31,7 @@ format: $(READY) ## rewrite the sources in the house format
 	$(VENV)/bin/ruff format .
 
 bench: $(READY) $(BENCH_READY)   ## measure against Faust tables and Quix Streams, in one run
-	TIDEMETER_BENCH_QUIX_PYTHON=$(CURDIR)/$(VENV)/quix/bin/python $(VENV)/bin/tidemeter bench
+	$(VENV)/bin/tidemeter bench
 
 lock: $(READY)   ## resolve the dependencies again (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \

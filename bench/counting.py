@@ -74,7 +74,7 @@ START_SECONDS_MAX = 90.0
 RUN_SECONDS_MAX = 600.0
 STALL_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.05
-#: Python of Quix Streams, which wants an older client for Kafka than we do; unset means our own.
+#: Names a Python with Quix Streams, which wants an older client for Kafka than we do.
 QUIX_PYTHON = "TIDEMETER_BENCH_QUIX_PYTHON"
 
 #: Sums in billionths by (customer, meter, start of the hour in microseconds).
@@ -224,8 +224,9 @@ def _sums_in_quix_changelog(field: Field, job: Job) -> Sums:
 
 
 def quix_python() -> str:
-    """The interpreter that has Quix Streams, so it is said."""
-    return os.environ.get(QUIX_PYTHON) or sys.executable
+    """The interpreter that has Quix Streams: the one named, the one `make` set up, or our own."""
+    set_up = Path(sys.prefix) / "quix" / "bin" / "python"
+    return os.environ.get(QUIX_PYTHON) or str(set_up if set_up.exists() else sys.executable)
 
 
 def quix_versions() -> dict[str, str]:
