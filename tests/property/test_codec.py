@@ -1,0 +1,289 @@
+"""Whatever is written is read back; whatever else arrives is refused by name, at once, and never crashes."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from typing import Any
+
+import fastavro
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.catalog import Schema, current, released
+from services.wire.codec import (
+    SINGLE_OBJECT_MAGIC,
+    VALUE_BYTES_MAX,
+    Decoder,
+    Encoder,
+    read_body,
+    write_body,
+)
+from services.wire.errors import Undecodable, UnknownSchema
+from tests.strategies import records_of
+
+EVERY = sorted(released().values(), key=lambda schema: schema.name)
+USAGE = current("usage_event")
+RECORD = {
+    "idempotency_key": "evt-1",
+    "tenant_id": "acme",
+    "customer_ref": "cust-1",
+    "meter": "requests",
+    "quantity": (7).to_bytes(16, "big", signed=True),
+    "occurred_at": None,
+    "properties": {"region": "eu-west"},
+    "source": "test",
+}
+VALUE = Encoder(USAGE).encode(RECORD)
+REGISTRY_ID = 4711
+V1_EMPTY = {"event_id": "", "customer": "", "metric": "", "value": 0.0, "timestamp": 0, "tags": []}
+
+
+def registry(schema_id: int) -> Schema:
+    """A Confluent registry that knows one id."""
+    if schema_id != REGISTRY_ID:
+        raise UnknownSchema("unknown_schema", "no such id")
+    return USAGE
+
+
+BOTH_FRAMINGS = Decoder(registry)
+
+
+def refused(value: bytes, decoder: Decoder = BOTH_FRAMINGS) -> bool:
+    """True when ``value`` is refused by name; anything else that is raised fails the test."""
+    try:
+        decoder.decode(value)
+    except (Undecodable, UnknownSchema):
+        return True
+    return False
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal, and NaN equals NaN."""
+    if isinstance(left, float) and isinstance(right, float):
+        return left == right or (math.isnan(left) and math.isnan(right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+@pytest.mark.parametrize("schema", EVERY, ids=lambda schema: schema.name)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_every_record_of_every_schema_comes_back_as_it_was(schema: Schema, data: st.DataObject) -> None:
+    record = data.draw(records_of(schema))
+    found, read = Decoder().decode(Encoder(schema).encode(record))
+    assert found is schema
+    assert same(read, record)
+
+
+@given(records_of(USAGE))
+@settings(max_examples=50, deadline=None)
+def test_the_confluent_framing_carries_the_same_record(record: dict[str, Any]) -> None:
+    value = Encoder(USAGE, REGISTRY_ID).encode(record)
+    assert value[:5] == b"\x00" + REGISTRY_ID.to_bytes(4, "big")
+    assert BOTH_FRAMINGS.decode(value) == (USAGE, record)
+    assert value[5:] == Encoder(USAGE).encode(record)[10:]
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=500, deadline=None)
+def test_random_bytes_raise_nothing_but_a_named_refusal(value: bytes) -> None:
+    assert refused(value) or Encoder(USAGE, REGISTRY_ID).prefix == value[:5]
+
+
+@pytest.mark.parametrize("schema", EVERY, ids=lambda schema: schema.name)
+@given(body=st.binary(max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_random_bodies_under_a_known_fingerprint_raise_nothing_but_a_named_refusal(
+    schema: Schema, body: bytes
+) -> None:
+    refused(SINGLE_OBJECT_MAGIC + schema.fingerprint + body)
+
+
+def fastavro_reads(schema: Schema, body: bytes) -> Any:
+    """What fastavro makes of ``body`` if it is exactly one record to it, else None."""
+    stream = io.BytesIO(body)
+    try:
+        record = fastavro.schemaless_reader(stream, schema.plain, None)
+    except Exception:
+        return None
+    return record if stream.tell() == len(body) else None
+
+
+def we_read(schema: Schema, body: bytes) -> Any:
+    """What we make of ``body``, or None when it is refused."""
+    try:
+        return read_body(schema, body)
+    except Undecodable:
+        return None
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> tuple[Schema, bytes]:
+    """Right bodies, slightly wrong ones and noise, of any schema."""
+    schema = draw(st.sampled_from(EVERY))
+    body = bytearray(write_body(schema, draw(records_of(schema))))
+    for at, byte in draw(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=3)):
+        if body:
+            body[at % len(body)] = byte
+    return schema, bytes(body) + draw(st.sampled_from([b"", b"", b"", b"\x00", b"\x02a"]))
+
+
+@given(bodies())
+@settings(max_examples=600, deadline=None)
+def test_our_reader_and_fastavro_agree(found: tuple[Schema, bytes]) -> None:
+    """What we read, fastavro reads alike; what fastavro reads and would write so, we read."""
+    schema, body = found
+    ours, theirs = we_read(schema, body), fastavro_reads(schema, body)
+    if ours is not None:
+        assert same(ours, theirs)
+    elif theirs is not None:
+        assert write_body(schema, theirs) != body
+
+
+@given(st.integers(0, len(VALUE) - 1), st.integers(1, 255))
+@settings(max_examples=500, deadline=None)
+def test_a_flipped_byte_is_refused_or_read_as_a_record_of_the_same_schema(at: int, flip: int) -> None:
+    mutated = bytearray(VALUE)
+    mutated[at] ^= flip
+    try:
+        schema, record = BOTH_FRAMINGS.decode(bytes(mutated))
+    except (Undecodable, UnknownSchema):
+        return
+    assert schema is USAGE
+    assert record.keys() == RECORD.keys()
+
+
+@pytest.mark.parametrize("length", range(len(VALUE)))
+def test_a_value_that_was_cut_short_is_refused_wherever_it_was_cut(length: int) -> None:
+    assert refused(VALUE[:length])
+
+
+@given(st.binary(min_size=1, max_size=50))
+@settings(max_examples=100, deadline=None)
+def test_bytes_after_the_record_are_refused(tail: bytes) -> None:
+    with pytest.raises(Undecodable):
+        Decoder().decode(VALUE + tail)
+
+
+def test_a_value_above_64_kib_is_refused_before_it_is_decoded() -> None:
+    fits = {**RECORD, "properties": {"filler": "x" * (VALUE_BYTES_MAX - len(VALUE) - 20)}}
+    assert Decoder().decode(Encoder(USAGE).encode(fits))[1] == fits
+
+    too_large = Encoder(USAGE).encode({**RECORD, "properties": {"filler": "x" * VALUE_BYTES_MAX}})
+    with pytest.raises(Undecodable, match="the limit is 65536"):
+        Decoder().decode(too_large)
+
+
+def varint(number: int) -> bytes:
+    """Avro's zig-zag long, by the specification."""
+    zigzag, out = (number << 1) ^ (number >> 63), bytearray()
+    while zigzag > 0x7F:
+        out.append(zigzag & 0x7F | 0x80)
+        zigzag >>= 7
+    return bytes([*out, zigzag])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        varint(100_000_000),
+        varint(100_000_000) + b"x" * 1000,
+        varint(2**62),
+        varint(-5),
+        varint(2**31) * 8,
+        b"\xff" * 60_000,
+        b"\x80" * 60_000 + b"\x01",
+        varint(4) + b"\xff\xfe\xff\xfe",
+        b"\x00" * 20 + varint(9),
+    ],
+    ids=[
+        "declares 100 MB",
+        "declares 100 MB and gives a little",
+        "declares four exabytes",
+        "negative length",
+        "lengths all the way",
+        "endless varint",
+        "varint of 60 KB",
+        "not UTF-8",
+        "no such branch of the union",
+    ],
+)
+def test_a_hostile_body_is_refused_at_once(body: bytes) -> None:
+    started = time.perf_counter()
+    with pytest.raises(Undecodable):
+        Decoder().decode(SINGLE_OBJECT_MAGIC + USAGE.fingerprint + body)
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("count", [30_000_000, -30_000_000, 2**62])
+def test_a_map_or_array_that_claims_millions_of_entries_is_refused_at_once(count: int) -> None:
+    v1 = released()["usage_event", 1]
+    head = write_body(v1, V1_EMPTY)
+    started = time.perf_counter()
+    with pytest.raises(Undecodable):
+        read_body(v1, head[:-1] + varint(count) + varint(8))
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"\xc3", b"\xc3\x01", b"\xc3\x01" + b"\x00" * 7, b"\x00\x00\x00\x00", b"{}"]
+)
+def test_what_has_no_framing_is_undecodable(value: bytes) -> None:
+    with pytest.raises(Undecodable):
+        BOTH_FRAMINGS.decode(value)
+
+
+def test_an_item_of_negative_length_cannot_send_the_reader_round_in_circles() -> None:
+    """Without a check, each item would step back over itself, a million million times."""
+    head = write_body(released()["usage_event", 1], V1_EMPTY)[:-1]
+    with pytest.raises(Undecodable):
+        read_body(released()["usage_event", 1], head + varint(2**40) + varint(-1))
+
+
+def test_an_enum_has_no_symbol_before_its_first_and_none_after_its_last() -> None:
+    schema = current("adjustment")
+
+    def body(index: int) -> bytes:
+        return bytes(5) + bytes(16) + varint(0) * 3 + varint(index) + bytes(3)
+
+    assert read_body(schema, body(1))["policy"] == "carry_forward"
+    for index in (-1, 2):
+        with pytest.raises(Undecodable):
+            read_body(schema, body(index))
+
+
+def test_a_number_of_more_than_ten_bytes_is_refused() -> None:
+    schema = current("ops_event")
+    head = bytes(6)
+    assert read_body(schema, head + b"\x80" * 9 + b"\x00")["at"] == 0
+    with pytest.raises(Undecodable):
+        read_body(schema, head + b"\x80" * 10 + b"\x00")
+
+
+def test_a_fingerprint_of_no_released_schema_is_an_unknown_schema() -> None:
+    with pytest.raises(UnknownSchema):
+        Decoder().decode(SINGLE_OBJECT_MAGIC + b"\x00" * 8 + VALUE[10:])
+
+
+def test_confluent_framing_without_a_registry_is_an_unknown_schema() -> None:
+    with pytest.raises(UnknownSchema, match="without a schema registry"):
+        Decoder().decode(Encoder(USAGE, REGISTRY_ID).encode(RECORD))
+
+
+def test_an_id_that_the_registry_does_not_know_is_an_unknown_schema() -> None:
+    with pytest.raises(UnknownSchema):
+        BOTH_FRAMINGS.decode(Encoder(USAGE, REGISTRY_ID + 1).encode(RECORD))
+
+
+def test_refusals_do_not_repeat_what_was_sent() -> None:
+    planted = b"4242424242424242"
+    for body in (planted, varint(40) + planted, VALUE[10:] + planted):
+        with pytest.raises(Undecodable) as caught:
+            Decoder().decode(SINGLE_OBJECT_MAGIC + USAGE.fingerprint + body)
+        assert planted.decode() not in str(caught.value)

@@ -1,0 +1,213 @@
+"""The command line: every command explains itself, and misuse is one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from services.cli.apply import parse_document
+from services.cli.common import MISUSED, UNAVAILABLE
+from services.cli.main import app
+from services.wire.errors import Misconfigured
+from services.wire.settings import PREFIX
+
+ROOT = Path(__file__).parents[2]
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TIDEMETER_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    for module in ("services", "demo"):  # a command owns its process's logging; here it is pytest's
+        monkeypatch.setattr(f"services.cli.{module}.configure_logging", lambda *_, **__: None)
+
+
+def tidemeter(*arguments: str, given: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=given)
+
+
+def said(result: Result) -> str:
+    return COLOURS.sub("", result.stderr)
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that can be run, with the words that name it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
+    wanted = ("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume")
+    assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_shows_an_example_of_itself(words: tuple[str, ...]) -> None:
+    result = tidemeter(*words, "--help")
+    assert result.exit_code == 0
+    text = COLOURS.sub("", result.stdout)
+    example = re.search(r"Example: (.*)", text)
+    assert example, f"tidemeter {' '.join(words)} --help has no example"
+    assert f"tidemeter {' '.join(words)}" in example[1]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_option_of_every_command_is_explained(words: tuple[str, ...]) -> None:
+    unexplained = [
+        parameter.name
+        for parameter in COMMANDS[words].params
+        if parameter.param_type_name == "option" and not parameter.help
+    ]
+    assert not unexplained
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = tidemeter()
+    assert result.exit_code == MISUSED
+    assert "status" in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("status", "no Kafka address: set TIDEMETER_KAFKA_BOOTSTRAP, or run `tidemeter up` first"),
+        ("migrate", "no Kafka address"),
+        ("ingest", "no Kafka address"),
+        ("counters", "no PostgreSQL address"),
+        ("pusher", "no Stripe key: set TIDEMETER_STRIPE_API_KEY"),
+        ("resume", "no PostgreSQL address: set TIDEMETER_POSTGRES_DSN"),
+        ("resume --partition usage.v3", "'usage.v3' is not topic/number, such as usage.v3/0"),
+        ("resume --partition usage.v3/x", "is not topic/number"),
+        ("retry-failed --tenant acme", "no PostgreSQL address"),
+        ("adjustments list", "no PostgreSQL address"),
+        ("adjustments approve x", "no PostgreSQL address"),
+        ("keys list", "no PostgreSQL address"),
+        ("keys create --scope ingest", "--tenant is needed"),
+        ("keys create --scope admin", "no PostgreSQL address"),
+        ("apply -f /nowhere.yaml", "cannot read /nowhere.yaml: No such file or directory"),
+        ("apply -f deploy/example.yaml", "no PostgreSQL address"),
+        ("send nowhere.ndjson", "no API key: set TIDEMETER_API_KEY"),
+        ("send - --kafka a:1 --api-url http://b", "not both"),
+    ],
+)
+def test_misuse_is_one_sentence_that_says_what_to_do(
+    line: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    result = tidemeter(*line.split(), given="")
+    assert result.exit_code == MISUSED
+    assert sentence in said(result)
+    assert said(result).startswith("error: ")
+    assert len(said(result).splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nothing",
+        "retry-failed",
+        "adjustments approve",
+        "keys create --tenant acme",
+        "keys create --tenant acme --scope everything",
+        "keys create --tenant acme --scope ingest --expires-days 0",
+        "demo --events 1",
+        "up --counters 0",
+        "status --watch 0",
+        "send - --format xml",
+        "apply",
+    ],
+)
+def test_unknown_commands_and_wrong_options_are_misuse(line: str) -> None:
+    assert tidemeter(*line.split()).exit_code == MISUSED
+
+
+def test_a_setting_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEMETER_HTTP_PORT", "99999")
+    result = tidemeter("status")
+    assert result.exit_code == MISUSED
+    assert "TIDEMETER_HTTP_PORT" in said(result)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["resume", "keys list", "adjustments list", "retry-failed --tenant acme", "keys create --scope admin"],
+)
+def test_a_database_that_is_away_is_status_3_and_not_misuse(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEMETER_POSTGRES_DSN", "postgresql://127.0.0.1:1/none")
+    result = tidemeter(*line.split())
+    assert result.exit_code == UNAVAILABLE
+    assert said(result) == "error: PostgreSQL does not answer; check TIDEMETER_POSTGRES_DSN\n"
+
+
+def test_a_live_stripe_key_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEMETER_KAFKA_BOOTSTRAP", "127.0.0.1:1")
+    monkeypatch.setenv("TIDEMETER_POSTGRES_DSN", "postgresql://127.0.0.1:1/none")
+    monkeypatch.setenv("TIDEMETER_STRIPE_API_KEY", "sk_live_planted")
+    result = tidemeter("pusher")
+    assert result.exit_code == MISUSED
+    assert "TIDEMETER_STRIPE_ALLOW_LIVE=true" in said(result)
+    assert "planted" not in result.output
+
+
+def test_the_openapi_document_is_printed_without_any_server() -> None:
+    result = tidemeter("openapi")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert "/v1/events/ingest" in document["paths"]
+
+
+def test_the_example_configuration_is_valid() -> None:
+    document = parse_document((ROOT / "deploy/example.yaml").read_text())
+    assert [tenant.id for tenant in document.tenants] == ["demo"]
+
+
+METER = "tenants: [{id: a, meters: [{slug: m, stripe: {event_name: e}, %s}]}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("tenants: [", "not YAML, line 1"),
+        ("", "document"),
+        ("tenants: 5", "tenants"),
+        ("tenants: [{id: Über}]", "tenants.0.id"),
+        ("tenants: [{id: a, timezone: Mars/Olympus}]", "tenants.0.timezone"),
+        ("tenants: [{id: a, meters: [{slug: m}]}]", "tenants.0.meters.0.stripe"),
+        ("tenants: [{id: a, surprise: 1}]", "tenants.0.surprise"),
+        (METER % "lateness: 36d", "tenants.0.meters.0.lateness"),
+        (METER % "lateness: soon", "tenants.0.meters.0.lateness"),
+        (METER % "scale: 10", "tenants.0.meters.0.scale"),
+        (METER % "aggregation: max", "tenants.0.meters.0.aggregation"),
+        (METER % "late_policy: drop", "tenants.0.meters.0.late_policy"),
+        ("tenants: [{id: a, customers: [{ref: ''}]}]", "tenants.0.customers.0.ref"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_the_path_of_its_first_wrong_field(text: str, named: str) -> None:
+    with pytest.raises(Misconfigured, match=re.escape(named)):
+        parse_document(text)
+
+
+def test_a_configuration_can_come_from_standard_input() -> None:
+    result = tidemeter("apply", "-f", "-", given="tenants: [{id: Über}]")
+    assert result.exit_code == MISUSED
+    assert "tenants.0.id" in said(result)
