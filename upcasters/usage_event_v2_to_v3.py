@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from upcasters.values import Record
+from decimal import Decimal
+
+from upcasters.values import WIDE, Record, fixed_decimal
 
 SUBJECT, FROM, TO = "usage_event", 2, 3
 
@@ -11,15 +13,15 @@ def upcast(record: Record) -> Record:
     """A v2 record as v3.
 
     Raises:
-        OverflowError: the quantity does not fit 16 bytes at nine places.
+        Rejected: the quantity does not fit at nine places.
     """
-    millionths = int.from_bytes(record["quantity"], "big", signed=True)
+    quantity = Decimal(int.from_bytes(record["quantity"], "big", signed=True)).scaleb(-6, WIDE)
     return {
         "idempotency_key": record["event_id"],
         "tenant_id": record["tenant"],
         "customer_ref": record["customer"],
         "meter": record["metric"],
-        "quantity": (millionths * 1000).to_bytes(16, "big", signed=True),
+        "quantity": fixed_decimal(quantity, scale=9),
         "occurred_at": record["used_at"],
         "properties": record["attributes"],
         "source": "upcast/2",

@@ -9,7 +9,7 @@ from typing import Any
 Record = dict[str, Any]
 
 #: Wide enough for 38 digits and for any float that is later refused for its size.
-_WIDE = Context(prec=400)
+WIDE = Context(prec=400)
 
 
 class Rejected(Exception):
@@ -31,7 +31,7 @@ def fixed_decimal(value: Decimal, scale: int) -> bytes:
         Rejected: ``quantity_out_of_range`` when it does not fit 38 digits.
     """
     try:
-        unscaled = int(value.scaleb(scale, _WIDE).to_integral_value(ROUND_HALF_EVEN, _WIDE))
+        unscaled = int(value.scaleb(scale, WIDE).to_integral_value(ROUND_HALF_EVEN, WIDE))
         if abs(unscaled) >= 10**38:
             raise Rejected("quantity_out_of_range")
     except InvalidOperation as error:

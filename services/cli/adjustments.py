@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import getpass
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from services.cli.common import MISUSED, JsonFlag, database, fail, sentences
 
 adjustments_app = typer.Typer(help="List, approve and reject adjustments.", no_args_is_help=True)
+
+
+class State(StrEnum):
+    """What can be asked for."""
+
+    PENDING = "pending"
+    APPLIED = "applied"
+    REJECTED = "rejected"
+    ALL = "all"
+
 
 _COLUMNS = (
     "adjustment_id",
@@ -30,7 +41,7 @@ _COLUMNS = (
 def list_adjustments(
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
     meter: Annotated[str | None, typer.Option(help="Only of this meter.")] = None,
-    state: Annotated[str, typer.Option(help="pending, applied, rejected or all.")] = "pending",
+    state: Annotated[State, typer.Option(help="Only those in this state.")] = State.PENDING,
     as_json: JsonFlag = False,
 ) -> None:
     """List adjustments, oldest event first.
@@ -48,7 +59,7 @@ def list_adjustments(
     if as_json:
         typer.echo(json.dumps([dict(zip(_COLUMNS, map(_plain, row), strict=True)) for row in rows]))
         return
-    table = Table(*_COLUMNS)
+    table = Table(Column(_COLUMNS[0], no_wrap=True), *_COLUMNS[1:], box=None)
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)

@@ -10,7 +10,7 @@ import psycopg
 import typer
 from psycopg.rows import dict_row
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from services.cli.common import MISUSED, JsonFlag, database, fail, sentences
 from services.ingest.keys import SCOPES, generate_key
@@ -95,7 +95,9 @@ def list_keys(
     if as_json:
         typer.echo(json.dumps([{_camel(name): _shown(value) for name, value in row.items()} for row in rows]))
         return
-    table = Table("key id", "tenant", "scopes", "label", "created", "last used", "state")
+    table = Table(
+        Column("key id", no_wrap=True), "tenant", "scopes", "label", "created", "last used", "state"
+    )
     for row in rows:
         table.add_row(
             row["key_id"],

@@ -70,9 +70,10 @@ def stripe_simulator(
     """
     from services.stripe_simulator import SimulatorConfig, run
 
-    settings = load_settings()
-    configure_logging(settings.log_level, settings.log_format, service="stripe-simulator")
-    run(SimulatorConfig(port=port, data_path=data, rate_per_second=rate, summary_lag_seconds=summary_lag))
+    with sentences():
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format, service="stripe-simulator")
+        run(SimulatorConfig(port=port, data_path=data, rate_per_second=rate, summary_lag_seconds=summary_lag))
 
 
 def migrate(as_json: JsonFlag = False) -> None:

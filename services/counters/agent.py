@@ -7,6 +7,7 @@ import time
 
 import structlog
 
+from schemas.catalog import check_catalog
 from services.counters.closing import close_round
 from services.counters.config import load_configuration
 from services.counters.conservation import conservation
@@ -69,6 +70,7 @@ class DeltaTimer:
 
 async def run(settings: Settings) -> None:
     """Run one counters worker until it is told to stop."""
+    check_catalog()
     chain = upcasters()
     check_chain(chain)
     configuration = Database(settings.postgres(), "configuration")

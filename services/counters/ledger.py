@@ -146,6 +146,7 @@ class Counters:
         fault_point("tx.ids_remembered")
         _lock_items(db, prepared)  # 5
         decisions = _decide(prepared, known)  # 6
+        _carry_forward(db, prepared, decisions)
         now_us = time.time_ns() // 1000
         with db.pipeline():  # 7
             _write_items(db, prepared)
@@ -284,8 +285,6 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen]) -> Decisions:
         else:
             account.adjusted += 1
             decisions.adjusted.append((event, watermark))
-            if item.meter.late_policy == "carry_forward":
-                add(item, max(watermark, records[index].timestamp * 1000), quantity, 1)
     if prepared.repeats:
         firsts = {event[1]: event for event in prepared.events}
         for event in prepared.repeats:
@@ -299,6 +298,21 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen]) -> Decisions:
                 event[3].account.conflict += 1
                 decisions.conflicts.append((event, first))
     return decisions
+
+
+def _carry_forward(db: Connection, prepared: Prepared, decisions: Decisions) -> None:
+    """Count what came too late into the open period, where the meter says so: once, expired key or not."""
+    carried = [one for one in decisions.adjusted if one[0][3].meter.late_policy == "carry_forward"]
+    if not carried:
+        return
+    ids = uuid_array([event[1] for event, _ in carried])
+    rows = db.execute(
+        "SELECT uuid_send(adjustment_id) FROM adjustments WHERE adjustment_id = ANY(%s)", (ids,), binary=True
+    ).fetchall()
+    before = {bytes(row[0]) for row in rows}
+    for (index, event_id, _, item, _, quantity), watermark in carried:
+        if event_id not in before:
+            add(item, max(watermark, prepared.chunk.records[index].timestamp * 1000), quantity, 1)
 
 
 def _write_items(db: Connection, prepared: Prepared) -> None:

@@ -20,7 +20,7 @@ _FIRST_YEAR, _LAST_YEAR = 1999, 2150
 def _month_starts(timezone: str) -> list[int]:
     try:
         zone = ZoneInfo(timezone)
-    except (ZoneInfoNotFoundError, ValueError) as error:
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
         raise Misconfigured(
             f"unknown time zone {timezone!r}; use an IANA name such as Europe/Budapest"
         ) from error

@@ -115,7 +115,9 @@ def conflict_row(
         }
     )
     headers = {name: text.decode() for name, text in encoder.headers}
-    record = OutboxRow(topics.CONFLICTS, json.dumps([tenant_id, key]).encode(), value, headers)
+    record = OutboxRow(
+        topics.CONFLICTS, json.dumps([tenant_id, key], separators=(",", ":")).encode(), value, headers
+    )
     alarm = ops_event(
         "usage_conflict",
         subject_type="usage_record",

@@ -9,6 +9,7 @@ Fails      with an error that names the process and shows the end of its log.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import structlog
 
@@ -74,6 +76,7 @@ class Stack:
         self.kafka_bootstrap = ""
         self.postgres_dsn = ""
         self.stripe_base: str | None = settings.stripe_api_base
+        self._runtime_file: TextIO | None = None
 
     # -- Start and stop ------------------------------------------------------------------------------
 
@@ -210,12 +213,17 @@ class Stack:
         if self.settings.stripe_api_key is None:
             document["stripe_api_key"] = SIMULATOR_KEY
         path = self.root / RUNTIME_FILE
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            json.dump(document, stream, indent=2)
+        path.unlink(missing_ok=True)
+        self._runtime_file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+        fcntl.flock(self._runtime_file, fcntl.LOCK_EX)  # held while we live: see settings.running_runtime
+        json.dump(document, self._runtime_file, indent=2)
+        self._runtime_file.flush()
 
     def stop(self) -> None:
         """Stop our processes in the order of the data, then the servers. Harmless if nothing runs."""
         (self.root / RUNTIME_FILE).unlink(missing_ok=True)
+        if self._runtime_file is not None:
+            self._runtime_file.close()
         for member in self._members.values():
             member.expected_down = True
             if member.child is not None and member.child.poll() is None:

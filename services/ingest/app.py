@@ -15,7 +15,7 @@ from litestar.exceptions import HTTPException
 from litestar.types import ControllerRouterHandler, HTTPScope, Receive, Send
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from schemas.catalog import current
+from schemas.catalog import check_catalog, current
 from services.ingest.answers import (
     RETRY_AFTER_S,
     IngestAnswer,
@@ -328,6 +328,7 @@ def run(settings: Settings) -> None:
     Raises:
         Misconfigured: ``settings`` name no Kafka or no PostgreSQL.
     """
+    check_catalog()
     settings.kafka()
     settings.postgres()
     configure_logging(settings.log_level, settings.log_format, service="ingest")

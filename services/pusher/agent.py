@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 import structlog
 
-from schemas.catalog import current
+from schemas.catalog import check_catalog, current
+from services.pusher.intents import intent_of
 from services.pusher.journal import PRODUCER, record_intents
 from services.pusher.sender import Sender, SenderConfig
 from services.pusher.sinks import Sink
@@ -20,7 +21,7 @@ from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.observe import Health
 from services.streaming.worker import Applied, Worker
 from services.wire.codec import Decoder, Record
-from services.wire.errors import OffsetGap, Poison, UnknownSchema, require
+from services.wire.errors import OffsetGap, Poison, Undecodable, UnknownSchema, require
 from services.wire.records import OutboxRow, Source, ops_event, parked_record
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
@@ -57,7 +58,10 @@ class Intents:
                 schema, record = self._decoder.decode(raw.value or b"")
                 if schema is not self._schema:
                     raise UnknownSchema("unknown_schema", "not a usage_delta of this release")
+                intent_of(record)  # a time or an amount that no intent can hold is refused here, not in apply
                 records[index] = record
+            except (OverflowError, ValueError, ArithmeticError) as error:
+                refused[index] = Undecodable("invalid_delta", type(error).__name__)
             except Poison as error:
                 refused[index] = error
         return Deltas(chunk, records, refused)
@@ -127,6 +131,7 @@ async def run(settings: Settings, sink: Sink | None = None) -> None:
     Raises:
         Misconfigured: no Stripe key, or a live one that was not allowed.
     """
+    check_catalog()
     sink = sink or StripeSink.from_settings(settings)
     health = Health()
     sender = Sender(settings.postgres(), sink, SenderConfig.from_settings(settings))

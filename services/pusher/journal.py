@@ -193,8 +193,9 @@ def release_failed(
     if not rows:
         return 0
     items, hours, periods, amounts = ([row[column] for row in rows] for column in range(4))
-    buckets = db.execute(_GIVE_TO_BUCKETS, (items, hours, periods, amounts)).rowcount
+    # Items before buckets, as the counters lock them.
     dirty = db.execute(_MARK_DIRTY, (items, hours)).rowcount
+    buckets = db.execute(_GIVE_TO_BUCKETS, (items, hours, periods, amounts)).rowcount
     if buckets != len(set(zip(items, hours, periods, strict=True))) or dirty != len(set(items)):
         raise Broken("a failed intent has no bucket or no item to give its amount back to")
     return len(rows)

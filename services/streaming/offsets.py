@@ -92,3 +92,25 @@ def resume(
         "RETURNING p.consumer, p.topic, p.partition, s.halted",
         {"consumer": consumer, "wanted": wanted},
     ).fetchall()
+
+
+def accept_lost(db: Connection, starts: Mapping[Partition, int]) -> list[tuple[str, Partition, int, int]]:
+    """Move partitions halted by ``offset_gap`` to the first record that is left.
+
+    ``starts`` holds the log's first offsets. Returns (consumer, partition, old position, records lost); the
+    consumer is no longer accountable for those. Run it in a transaction, before :func:`resume`.
+    """
+    moved = []
+    for tp, start in starts.items():
+        rows = db.execute(
+            "UPDATE partition_offsets p SET next_offset = %(start)s, "
+            "start_offset = p.start_offset + %(start)s - old.next_offset "
+            "FROM (SELECT consumer, next_offset FROM partition_offsets WHERE topic = %(topic)s "
+            "  AND partition = %(partition)s AND halted = 'offset_gap' AND next_offset < %(start)s "
+            "  FOR UPDATE) old "
+            "WHERE p.consumer = old.consumer AND p.topic = %(topic)s AND p.partition = %(partition)s "
+            "RETURNING p.consumer, old.next_offset, %(start)s - old.next_offset",
+            {"start": start, "topic": tp.topic, "partition": tp.partition},
+        ).fetchall()
+        moved += [(consumer, tp, position, lost) for consumer, position, lost in rows]
+    return moved

@@ -13,11 +13,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Protocol
 
+import structlog
 from faust.serializers.schemas import Schema
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from services.streaming.chunks import Chunk, Partition
+
+log = structlog.get_logger(__name__)
 
 
 class RawSchema(Schema):  # type: ignore[misc]
@@ -58,7 +61,12 @@ class ChunkConsumer(driver.Consumer):  # type: ignore[misc]
         if records is None or self.should_stop:
             return
         if not self.flow_active:
-            await self.perform_seek()
+            try:
+                await self.perform_seek()
+            except (
+                Exception
+            ) as error:  # partitions moved meanwhile; when they have settled, Faust seeks again
+                log.info("seek interrupted by a rebalance", error=error)
             return
         for tp, run in records.items():
             if not self.flow_active or self.app.consumer_generation_id != generation:

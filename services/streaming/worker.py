@@ -24,16 +24,19 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import faust
 import psycopg
 import structlog
+from aiokafka.errors import IllegalStateError
 from confluent_kafka.admin import AdminClient
 from faust.types import TP
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -55,6 +58,7 @@ log = structlog.get_logger(__name__)
 EXIT_BROKEN = 70
 EXIT_STUCK = 75
 GAP_SEEKS_MAX = 10
+STOP_SECONDS_MAX = 8.0
 
 P = TypeVar("P")
 
@@ -133,6 +137,8 @@ class Worker(Generic[P]):
             self.group,
             broker=f"kafka://{settings.kafka().replace(',', ';kafka://')}",
             store="memory://",
+            datadir=Path(tempfile.gettempdir())
+            / f"tidemeter-faust-{os.getuid()}",  # made by Faust, never used: no tables
             web_enabled=False,
             topic_disable_leader=True,
             topic_allow_declare=False,
@@ -172,6 +178,10 @@ class Worker(Generic[P]):
         """Decode this chunk while the last one commits, then start its own transaction."""
         if chunk.partition in self._halted:
             return
+        if chunk.partition not in self._assigned:
+            await self.reconcile_offsets()
+            if chunk.partition not in self._assigned:
+                return
         fault_point("chunk.received")
         with metrics.CHUNK_SECONDS.labels("prepare").time():
             prepared = await self._retried(
@@ -272,7 +282,7 @@ class Worker(Generic[P]):
         if log_start <= stored and tries <= GAP_SEEKS_MAX:
             self._sought[tp] = (stored, tries)
             log.warning("gap; seeking back", topic=tp.topic, partition=tp.partition, offset=stored, error=gap)
-            await self.consumer.seek(TP(*tp), stored)
+            await self._seek(tp, stored)
             return
         await self._halt(tp, "offset_gap")
 
@@ -319,7 +329,7 @@ class Worker(Generic[P]):
                 if tp in positions and positions[tp].halted is None:
                     metrics.HALTED.labels(tp.topic, str(tp.partition), self._halted.pop(tp)).set(0)
                     self._sought.pop(tp, None)
-                    await self.consumer.seek(TP(*tp), positions[tp].next_offset)
+                    await self._seek(tp, positions[tp].next_offset)
                     self.consumer.resume_partitions({TP(*tp)})
                     log.info("partition resumed", topic=tp.topic, partition=tp.partition)
 
@@ -338,6 +348,17 @@ class Worker(Generic[P]):
             known = self._read_positions()
         return {tp: known[tp] for tp in assigned}
 
+    def _assignment(self) -> list[Partition]:
+        """What Kafka has assigned of our topics, now."""
+        return sorted(
+            Partition(tp.topic, tp.partition) for tp in self.consumer.assignment() if tp.topic in self.topics
+        )
+
+    async def _seek(self, tp: Partition, offset: int) -> None:
+        """Seek, unless the partition has just moved away: whoever gets it next seeks then."""
+        with contextlib.suppress(IllegalStateError):
+            await self.consumer.seek(TP(*tp), offset)
+
     def _log_ends(self, assigned: Sequence[Partition]) -> dict[Partition, int]:
         admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
         return log_ends(admin, assigned)
@@ -349,11 +370,12 @@ class Worker(Generic[P]):
         its records would pass for redelivered ones, so the partition halts.
         """
         consumer = self.consumer
-        assigned = [
-            Partition(tp.topic, tp.partition) for tp in consumer.assignment() if tp.topic in self.topics
-        ]
-        positions = await self._retried("PostgreSQL", self._apply_thread, self._positions_for, assigned)
-        ends = await self._retried("Kafka", self._apply_thread, self._log_ends, assigned)
+        while True:
+            assigned = self._assignment()
+            positions = await self._retried("PostgreSQL", self._apply_thread, self._positions_for, assigned)
+            ends = await self._retried("Kafka", self._apply_thread, self._log_ends, assigned)
+            if assigned == self._assignment():  # it may have changed while the servers answered
+                break
         committed = consumer.committed_offsets()
         self._assigned = set(assigned)
         self._positions = {tp: position.next_offset for tp, position in positions.items()}
@@ -368,7 +390,8 @@ class Worker(Generic[P]):
                         partition=tp.partition,
                     )
                 consumer.forget_commit(TP(*tp))
-                await consumer.seek(TP(*tp), position.next_offset)
+                consumer.settle(tp, position.next_offset)  # so that every lag tool can tell
+                await self._seek(tp, position.next_offset)
             if position.halted is not None:
                 self._stop_partition(tp, position.halted)
             elif position.next_offset > ends[tp]:
@@ -451,12 +474,21 @@ class Worker(Generic[P]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), timeout=0.5)
         log.info("worker stops", group=self.group)
-        await self.drain_or_abandon()
-        await self.app.stop()
+        finishing = asyncio.create_task(self._finish_all())
+        if not (await asyncio.wait({finishing}, timeout=STOP_SECONDS_MAX))[0]:
+            # A server is away. What is done is in PostgreSQL and what is not comes again: nothing is lost.
+            log.warning("stopped without a last commit to Kafka", group=self.group)
+            os._exit(0)
+        await finishing
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await runner.cleanup()
+
+    async def _finish_all(self) -> None:
+        """The chunk under way, then Faust, with a last commit."""
+        await self.drain_or_abandon()
+        await self.app.stop()
 
     async def _await_world(self) -> None:
         """PostgreSQL and the brokers answer, and what an earlier process decided to send is sent."""

@@ -19,6 +19,7 @@ from typing import Any
 Reader = Callable[[bytes, int], dict[str, Any]]
 
 _VARINT_BITS_MAX = 63
+_UNSIGNED_MAX = 2**64 - 1
 
 
 class NotOneRecord(ValueError):
@@ -30,7 +31,7 @@ def read_long(data: bytes, at: int) -> tuple[int, int]:
 
     Raises:
         IndexError: it runs past the end.
-        NotOneRecord: it has more than ten bytes.
+        NotOneRecord: it has more than ten bytes, or more than 64 bits.
     """
     value = shift = 0
     while True:
@@ -38,6 +39,8 @@ def read_long(data: bytes, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
+            if value > _UNSIGNED_MAX:
+                raise NotOneRecord("number of more than 64 bits")
             return (value >> 1) ^ -(value & 1), at
         shift += 7
         if shift > _VARINT_BITS_MAX:

@@ -6,6 +6,7 @@ taken from the embedded runtime of the same data directory, when one is running;
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -27,13 +28,20 @@ def data_directory() -> Path:
 
 
 def running_runtime() -> dict[str, Any]:
-    """What a running ``tidemeter up`` of this data directory wrote about itself; empty when none runs."""
+    """What a running ``tidemeter up`` of this data directory wrote about itself; empty when none runs.
+
+    It holds a lock on the file while it lives, so a file that a killed one left behind says nothing.
+    """
     try:
-        document: dict[str, Any] = json.loads((data_directory() / RUNTIME_FILE).read_text(encoding="utf-8"))
-        os.kill(int(document["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        return {}
-    return document
+        with (data_directory() / RUNTIME_FILE).open(encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                document: dict[str, Any] = json.load(stream)
+                return document
+    except (OSError, ValueError):
+        pass
+    return {}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):

@@ -181,6 +181,11 @@ def test_what_carries_forward_lands_in_the_open_period_and_is_listed(db: Databas
     assert outcomes(db) == {"counted": 1, "adjusted": 1}
     assert total(db) == 7
     assert db.execute("SELECT state, quantity FROM adjustments").fetchall() == [("applied", Decimal(2))]
+    for _ in range(2):
+        age(db)
+        assert rotate_generations(db, 35)
+    feed(db, handler, v3(idempotency_key="b", meter="carried", occurred_at=old, quantity=2 * UNIT), at=2)
+    assert total(db) == 7, "sent again after its key expired, it is not carried a second time"
 
 
 def test_accounts_are_kept_for_each_tenant_and_meter(db: Database) -> None:
