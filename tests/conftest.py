@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from services.wire.migrations import apply_migrations
 from services.wire.settings import Settings, load_settings
 from services.wire.topics import create_topics, plan_topics
 
+pytest.register_assert_rewrite("tests.pipeline")
+
 
 @dataclass(frozen=True)
 class Servers:
@@ -34,7 +37,7 @@ class Servers:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def servers() -> Iterator[Servers]:
     """In this order: addresses in the environment, testcontainers with a Docker engine, embedded."""
     kafka, postgres = os.environ.get("TIDEMETER_KAFKA_BOOTSTRAP"), os.environ.get("TIDEMETER_POSTGRES_DSN")
     if kafka and postgres:
@@ -42,7 +45,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     elif _docker_answers():
         yield from _containers()
     else:
-        yield from _embedded(tmp_path_factory.mktemp("servers"))
+        yield from _embedded()
 
 
 def _docker_answers() -> bool:
@@ -62,14 +65,16 @@ def _containers() -> Iterator[Servers]:
         yield Servers(kafka.get_bootstrap_server(), postgres.get_connection_url(driver=None))
 
 
-def _embedded(root: Path) -> Iterator[Servers]:
+def _embedded() -> Iterator[Servers]:
     from services.embedded import EmbeddedRuntime
 
-    for part in (root, *root.parents):  # PostgreSQL may run as another user, who has to pass through
-        if part.stat().st_uid == os.getuid() and part.name.startswith(("pytest-", "servers")):
-            part.chmod(0o711)
-    with EmbeddedRuntime(root) as runtime:
-        yield Servers(runtime.kafka_bootstrap, runtime.postgres_dsn)
+    # Not below pytest's own directory: PostgreSQL may run as another user, who has to pass through, and the
+    # next pytest of the same user closes that directory.
+    with tempfile.TemporaryDirectory(prefix="tidemeter-tests-") as directory:
+        root = Path(directory)
+        root.chmod(0o711)
+        with EmbeddedRuntime(root) as runtime:
+            yield Servers(runtime.kafka_bootstrap, runtime.postgres_dsn)
 
 
 @pytest.fixture(scope="session")

@@ -75,3 +75,17 @@ class KafkaProxy:
             self._open.discard(end)
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+class TcpProxy(KafkaProxy):
+    """The same for a server whose protocol names no addresses, such as PostgreSQL."""
+
+    def _pass(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not (answers and self._mute):
+                    sink.sendall(data)
+        for end in (source, sink):
+            self._open.discard(end)
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
