@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import time
 import uuid
@@ -26,6 +27,10 @@ from services.wire.settings import Settings, load_settings
 from services.wire.topics import create_topics, plan_topics
 
 pytest.register_assert_rewrite("tests.pipeline")
+
+
+# Started in the background, this process may have been told to ignore Ctrl-C, and its children with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,11 @@ class Pipeline:
             for worker in self.workers:
                 if worker.process is not None and worker.process.poll() not in (None, 0, -9, -15):
                     raise AssertionError(f"{worker.name} ended by itself\n{worker.log()[-3000:]}")
-            return not any(self.lag().values()) and not self.query("SELECT 1 FROM outbox LIMIT 1")
+            try:
+                return not any(self.lag().values()) and not self.query("SELECT 1 FROM outbox LIMIT 1")
+            except (KafkaException, psycopg.OperationalError):  # a server that has just come back
+                self.__dict__.pop("admin", None)  # librdkafka keeps asking the coordinator it lost
+                return False
 
         until(quiet, "lag 0 and an empty outbox", timeout_s, self.why_not_quiet)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import psycopg
 import structlog
 
 from schemas.catalog import check_catalog
@@ -16,6 +17,7 @@ from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
 from services.streaming import outbox
 from services.streaming.database import TRANSIENT_ERRORS, Database
+from services.streaming.observe import Health, Status
 from services.streaming.worker import Worker
 from services.wire import metrics
 from services.wire.registry import decoder_for
@@ -25,7 +27,8 @@ from upcasters.chain import check_chain, upcasters
 
 log = structlog.get_logger(__name__)
 
-_ROTATION_CHECK_SECONDS = 600.0
+_ROTATION_CHECK_SECONDS = 60.0
+_CLOSING_SECONDS_MAX = 60.0
 
 
 class DeltaTimer:
@@ -36,14 +39,18 @@ class DeltaTimer:
         self._database = Database(settings.postgres(), "deltas")
         self._kafka = outbox.relay_producer(settings.kafka())
         self._next_rotation = 0.0
+        self._last_good = time.monotonic()
 
     def tick(self) -> int:
         """Close everything that is dirty now; returns the number of deltas."""
         db = self._database.connection()
         if time.monotonic() >= self._next_rotation:
-            if rotate_generations(db, self._settings.dedupe_days):
-                log.info("idempotency keys start a new generation")
             self._next_rotation = time.monotonic() + _ROTATION_CHECK_SECONDS
+            try:
+                if rotate_generations(db, self._settings.dedupe_days):
+                    log.info("idempotency keys start a new generation")
+            except psycopg.errors.LockNotAvailable as error:
+                log.warning("the change of generation waits for a long reader", error=error)
         closed = 0
         while True:
             items, deltas = close_round(db)
@@ -55,7 +62,15 @@ class DeltaTimer:
         metrics.CONSERVATION_GAP.set(conservation(db).gap)
         waiting = db.execute("SELECT count(*) FROM outbox WHERE producer = %s", (GROUP,)).fetchone()
         metrics.OUTBOX.labels(GROUP).set(waiting[0] if waiting else 0)
+        self._last_good = time.monotonic()
         return closed
+
+    def health(self) -> tuple[Status, str]:
+        """Degraded when no round has ended well for a while."""
+        age = time.monotonic() - self._last_good
+        if age > _CLOSING_SECONDS_MAX + self._settings.delta_interval_seconds:
+            return "degraded", f"no round of closing ended well for {age:.0f} s"
+        return "healthy", "deltas are closed"
 
     async def loop(self) -> None:
         """Tick for ever; a world that is away is waited for."""
@@ -77,5 +92,7 @@ async def run(settings: Settings) -> None:
     counters = Counters(
         Preparer(decoder_for(settings), chain), lambda: load_configuration(configuration.connection())
     )
-    worker = Worker(settings, group=GROUP, topics=list(USAGE_VERSIONS), handler=counters)
-    await worker.run(DeltaTimer(settings).loop)
+    timer = DeltaTimer(settings)
+    health = Health({"closing": timer.health})
+    worker = Worker(settings, group=GROUP, topics=list(USAGE_VERSIONS), handler=counters, health=health)
+    await worker.run(timer.loop)

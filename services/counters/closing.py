@@ -121,6 +121,13 @@ def close_round(db: psycopg.Connection[Any], encoder: Encoder | None = None) -> 
     encoder = encoder or Encoder(current("usage_delta"))
     with db.transaction():
         items = [_Closable(*row) for row in db.execute(_DIRTY_ITEMS, (ITEMS_PER_ROUND,)).fetchall()]
+        # The statement's snapshot may be older than its locks: another timer may have closed one meanwhile.
+        open_now = db.execute(
+            "SELECT DISTINCT item_id FROM item_periods WHERE item_id = ANY(%s) AND open_deltas > 0",
+            ([item.item_id for item in items],),
+        ).fetchall()
+        under_way = {row[0] for row in open_now}
+        items = [item for item in items if item.item_id not in under_way]
         if not items:
             return 0, 0
         deltas = _close_items(db, items)

@@ -19,8 +19,14 @@ _COLUMNS = """(
 
 
 def rotate_generations(db: psycopg.Connection[Any], dedupe_days: int) -> bool:
-    """Start a new generation when the current one is ``dedupe_days`` old; True when it did."""
+    """Start a new generation when the current one is ``dedupe_days`` old; True when it did.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: somebody reads the tables for long; try again later.
+    """
     with db.transaction():
+        # A long reader (a dump, an analyst) must not make every chunk queue behind this exclusive lock.
+        db.execute("SET LOCAL lock_timeout = '2s'")
         due = db.execute(
             "SELECT FROM seen_generation WHERE started_at <= now() - make_interval(days => %s) "
             "FOR UPDATE SKIP LOCKED",

@@ -89,6 +89,9 @@ class Counters:
             OffsetGap: the chunk begins above the stored position.
         """
         register(db)
+        if prepared.used:
+            prepared = self.prepare(prepared.chunk)
+        prepared.used = True
         with db.transaction():
             applied, counts = self._transaction(db, prepared)
             fault_point("tx.before_commit")

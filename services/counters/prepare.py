@@ -107,6 +107,8 @@ class Prepared:
     parked: list[Parked] = field(default_factory=list)
     items: dict[tuple[str, str, str], Item] = field(default_factory=dict)
     accounts: dict[tuple[str, str], Account] = field(default_factory=dict)
+    #: A transaction fills it in, so one that is repeated needs it afresh.
+    used: bool = False
 
     def account(self, tenant_id: str, meter: str) -> Account:
         """The account of (tenant, meter), made on first use."""

@@ -16,8 +16,9 @@ class Arrival(Enum):
     TOO_LATE = "adjusted"
 
 
-#: Stripe takes meter events up to 35 days old; an older event can only become an adjustment.
-OLDEST_US = 35 * DAY_US
+#: Stripe takes meter events up to 35 days old. A delta carries the start of its hour and leaves some time
+#: after the event arrived, so half a day less can be counted; an older event only becomes an adjustment.
+OLDEST_US = 34 * DAY_US + DAY_US // 2
 
 
 def classify(occurred_us: int, watermark_us: int, lateness_us: int, arrival_us: int) -> Arrival:

@@ -27,6 +27,7 @@ import structlog
 from services.embedded.errors import StartFailed
 from services.embedded.processes import Launch, choose_port, spawn, tail
 from services.embedded.runtime import EmbeddedRuntime
+from services.streaming.observe import NO_PARTITIONS
 from services.wire.migrations import apply_migrations
 from services.wire.settings import PREFIX, RUNTIME_FILE, Settings
 from services.wire.topics import create_topics, plan_topics
@@ -190,11 +191,13 @@ class Stack:
         raise StartFailed(f"{name} did not become ready.\n{tail(self.log_file(name))}")
 
     def ready(self, name: str) -> bool:
-        """Does the process answer ``healthy`` on /health/ready?"""
+        """Does the process work? What only an operator can cure (``degraded``) does not keep others down."""
         try:
             with urllib.request.urlopen(f"{self._members[name].base_url}/health/ready", timeout=2) as answer:  # noqa: S310
-                return bool(json.load(answer).get("status") == "healthy")
-        except (OSError, ValueError, urllib.error.URLError):
+                report = json.load(answer)
+                joined = report["checks"].get("stream", {}).get("reason") != NO_PARTITIONS
+                return bool(report["status"] in ("healthy", "degraded") and joined)
+        except (OSError, ValueError, KeyError, urllib.error.URLError):
             return False
 
     def log_file(self, name: str) -> Path:

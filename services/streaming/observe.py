@@ -15,6 +15,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 Status = Literal["healthy", "degraded", "unhealthy"]
+#: Reason of a worker that has not joined its group yet.
+NO_PARTITIONS = "no partitions assigned"
 _ORDER: tuple[Status, ...] = ("healthy", "degraded", "unhealthy")
 
 

@@ -80,11 +80,15 @@ def halt(db: Connection, consumer: str, tp: Partition, reason: str) -> bool:
 def resume(
     db: Connection, consumer: str | None, topics: Iterable[Partition] | None
 ) -> list[tuple[str, str, int, str]]:
-    """Let halted partitions go on, with fresh breakers; returns (consumer, topic, partition, reason)."""
+    """Let halted partitions go on, with fresh breakers; returns (consumer, topic, partition, reason).
+
+    Not those halted by ``log_truncated``: theirs is another log, and its records would pass for old ones.
+    """
     wanted = None if topics is None else [f"{tp.topic}/{tp.partition}" for tp in topics]
     return db.execute(
         "WITH stopped AS (SELECT consumer, topic, partition, halted FROM partition_offsets "
-        "  WHERE halted IS NOT NULL AND (%(consumer)s::text IS NULL OR consumer = %(consumer)s) "
+        "  WHERE halted IS NOT NULL AND halted <> 'log_truncated' "
+        "  AND (%(consumer)s::text IS NULL OR consumer = %(consumer)s) "
         "  AND (%(wanted)s::text[] IS NULL OR topic || '/' || partition = ANY(%(wanted)s)) FOR UPDATE) "
         "UPDATE partition_offsets p SET halted = NULL, halted_at = NULL, parked_offsets = '{}' "
         "FROM stopped s "

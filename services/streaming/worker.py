@@ -46,7 +46,7 @@ from services.streaming.chunks import Chunk, Partition
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
 from services.streaming.lag import behind, log_ends, log_starts, topic_partitions
-from services.streaming.observe import Health, Status, serve_observation
+from services.streaming.observe import NO_PARTITIONS, Health, Status, serve_observation
 from services.streaming.transport import ChunkConsumer, ChunkTransport, RawSchema
 from services.wire import metrics
 from services.wire.errors import OffsetGap, Transient
@@ -287,7 +287,7 @@ class Worker(Generic[P]):
         await self._halt(tp, "offset_gap")
 
     def _position_and_log_start(self, tp: Partition) -> tuple[dict[Partition, offsets.Position], int]:
-        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        admin = self._admin()
         return self._read_positions(), log_starts(admin, [tp])[tp]
 
     async def _halt(self, tp: Partition, reason: str) -> None:
@@ -342,7 +342,7 @@ class Worker(Generic[P]):
         known = self._read_positions()
         new = [tp for tp in assigned if tp not in known]
         if new:
-            admin = AdminClient({"bootstrap.servers": self.settings.kafka()})
+            admin = self._admin()
             starts = log_starts(admin, new)
             offsets.ensure_positions(self.database.connection(), self.group, starts)
             known = self._read_positions()
@@ -359,8 +359,11 @@ class Worker(Generic[P]):
         with contextlib.suppress(IllegalStateError):
             await self.consumer.seek(TP(*tp), offset)
 
+    def _admin(self) -> AdminClient:
+        return AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+
     def _log_ends(self, assigned: Sequence[Partition]) -> dict[Partition, int]:
-        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        admin = self._admin()
         return log_ends(admin, assigned)
 
     async def reconcile_offsets(self) -> None:
@@ -411,7 +414,7 @@ class Worker(Generic[P]):
                 f"{len(self._halted)} partitions halted, first {tp.topic}/{tp.partition}: {reason}",
             )
         if not self._assigned:
-            return "degraded", "no partitions assigned"
+            return "degraded", NO_PARTITIONS
         return "healthy", f"{len(self._assigned)} partitions"
 
     def _kafka_health(self) -> tuple[Status, str]:
@@ -419,19 +422,26 @@ class Worker(Generic[P]):
 
     def _watchdog(self) -> None:
         """A thread, so that a blocked event loop cannot stop it."""
-        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        admin = self._admin()
         moved_at, last = time.monotonic(), dict(self._positions)
         while not self.stopping.is_set():
             time.sleep(1.0)
             positions = dict(self._positions)
             running = [tp for tp in positions if tp not in self._halted]
             try:
-                lag = behind(log_ends(admin, positions, 5.0), positions)
+                ends = log_ends(admin, positions, 5.0)
+                lag = behind(ends, positions)
                 self._kafka_reachable = True
             except TRANSIENT_ERRORS:
                 self._kafka_reachable = False
                 moved_at = time.monotonic()
+                admin = self._admin()  # after a broker was killed, the old client may never get an answer
                 continue
+            shrunk = [tp for tp in running if ends.get(tp, positions[tp]) < positions[tp]]
+            if shrunk and positions == self._positions:
+                # Its new records would pass for old ones. The next start halts it: see reconcile_offsets.
+                log.critical("a log ends below its position", topic=shrunk[0].topic, exit_code=EXIT_STUCK)
+                os._exit(EXIT_STUCK)
             for tp, records in lag.items():
                 metrics.LAG.labels(self.group, tp.topic, str(tp.partition)).set(records)
             idle = not any(lag[tp] for tp in running if tp in lag)
@@ -498,7 +508,7 @@ class Worker(Generic[P]):
 
     def _find_topics(self) -> None:
         """Faust gives up on brokers and topics that are not there yet, so it is not started before."""
-        admin = AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
+        admin = self._admin()
         known = {tp.topic for tp in topic_partitions(admin, self.topics)}
         if missing := [topic for topic in self.topics if topic not in known]:
             raise Transient(f"no topic {missing[0]}: run `tidemeter migrate`")

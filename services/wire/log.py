@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
+import traceback
+from typing import Literal, TextIO
 
 import structlog
 
+FRAMES_MAX = 12
+
 LogFormat = Literal["auto", "json", "console"]
+
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what ``sys.stderr`` is at that moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
 
 
 def configure_logging(level: str = "info", form: LogFormat = "auto", **bound: str) -> None:
@@ -29,7 +43,8 @@ def configure_logging(level: str = "info", form: LogFormat = "auto", **bound: st
         if form == "json"
         else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
+    logging.raiseExceptions = False  # or a failed write would print the message it failed with
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
@@ -53,8 +68,17 @@ def configure_logging(level: str = "info", form: LogFormat = "auto", **bound: st
 def _class_of_exception(
     _: structlog.typing.WrappedLogger, __: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """``error=exc`` becomes the class name: messages of foreign exceptions can quote payloads and secrets."""
+    """Exceptions become class names and places: their messages can quote payloads and secrets."""
     error = event.get("error")
     if isinstance(error, BaseException):
         event["error"] = type(error).__name__
+    raised = event.pop("exc_info", None)
+    if raised is True:
+        raised = sys.exc_info()
+    if isinstance(raised, tuple):
+        raised = raised[1]
+    if isinstance(raised, BaseException):
+        event["error"] = type(raised).__name__
+        frames = traceback.extract_tb(raised.__traceback__)[-FRAMES_MAX:]
+        event["frames"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
     return event

@@ -56,7 +56,7 @@ def test_servers_that_are_killed_under_load_are_waited_for_and_every_counter_is_
             server.start()
             sender.join()
             pipeline.await_quiet(90)
-        assert worker.alive() and worker.pid == pid
+        assert worker.await_healthy().pid == pid
         pipeline.assert_exact()
         pipeline.settle_deltas()
         pipeline.assert_deltas_add_up()

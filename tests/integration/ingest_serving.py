@@ -88,7 +88,12 @@ def new_key(dsn: str, tenant: str | None, *scopes: str) -> NewKey:
 def records_of(kafka: str, tenant: str, at_least: int, timeout_s: float = 20.0) -> list[Record]:
     """Every usage record of ``tenant`` by the time ``at_least`` are there and the log is read to its end."""
     consumer = Consumer(
-        {"bootstrap.servers": kafka, "group.id": f"test-{secrets.token_hex(6)}", "enable.auto.commit": False}
+        {
+            "bootstrap.servers": kafka,
+            "group.id": f"test-{secrets.token_hex(6)}",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",  # other tests trim the topics: offset 0 may be gone
+        }
     )
     decoder, found = Decoder(), []
     try:

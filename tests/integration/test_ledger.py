@@ -74,6 +74,35 @@ def test_a_chunk_that_is_delivered_again_whole_or_in_part_changes_nothing(db: Da
     assert outcomes(db) == {"counted": 6}
 
 
+def test_a_transaction_that_failed_late_and_is_repeated_counts_once(db: Database) -> None:
+    """Given a rollback after everything was decided, the same prepared chunk goes through the second time."""
+    handler = counters(db)
+    prepared = handler.prepare(chunk_of([encoded(v3()), encoded(v3(idempotency_key="x", meter="unknown"))]))
+    with pytest.raises(ZeroDivisionError), db.transaction():
+        handler.apply(db, prepared)
+        raise ZeroDivisionError
+    assert total(db) == 0
+    handler.apply(db, prepared)
+    assert total(db) == 5
+    assert outcomes(db) == {"counted": 1, "dead_lettered": 1}
+
+
+def test_usage_too_old_for_stripe_by_the_time_it_leaves_is_an_adjustment(db: Database) -> None:
+    handler = counters(db)
+    old = v3()["occurred_at"] - 35 * DAY_US + 300_000_000
+    feed(db, handler, v3(occurred_at=old), v3(idempotency_key="fits", occurred_at=old + DAY_US))
+    assert outcomes(db) == {"adjusted": 1, "counted": 1}
+
+
+def test_a_change_of_generation_does_not_queue_behind_a_long_reader(db: Database, postgres_dsn: str) -> None:
+    age(db)
+    with psycopg.connect(postgres_dsn) as reader:
+        reader.execute("SELECT count(*) FROM seen_previous")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            rotate_generations(db, 35)
+    assert rotate_generations(db, 35)
+
+
 def test_a_chunk_above_the_stored_position_is_refused(db: Database) -> None:
     handler = counters(db)
     with pytest.raises(OffsetGap):
