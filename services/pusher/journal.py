@@ -1,7 +1,7 @@
 """What other transactions do with the intent journal: record new intents, fail and release settled ones.
 
 Each function works inside the caller's transaction and commits nothing itself. Rows are always locked in the
-order intents, item periods, buckets, items, each by key, so that two of them cannot deadlock.
+order intents, item periods, items, buckets, each by key, so that two of them cannot deadlock.
 """
 
 from __future__ import annotations
