@@ -22,7 +22,7 @@ from services.streaming.observe import Health
 from services.streaming.worker import Applied, Worker
 from services.wire.codec import Decoder, Record
 from services.wire.errors import OffsetGap, Poison, Undecodable, UnknownSchema, require
-from services.wire.records import OutboxRow, Source, ops_event, parked_record
+from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
 from services.wire.topics import DEAD_LETTERS, DELTAS
@@ -78,8 +78,10 @@ class Intents:
             position = offsets.lock_position(db, GROUP, chunk.partition)
             require(position is not None, f"no position for {chunk.partition}")
             assert position is not None  # noqa: S101  (for the type checker; require() is the check)
-            if position.halted is not None or chunk.next_offset <= position.next_offset:
+            if position.halted is not None:
                 return Applied(position.next_offset, halted=position.halted)
+            if chunk.next_offset <= position.next_offset:
+                return Applied(position.next_offset, redelivered=True)
             if chunk.first_offset > position.next_offset:
                 raise OffsetGap(f"{chunk.partition} is at {position.next_offset}")
             fresh = [i for i, raw in enumerate(chunk.records) if raw.offset >= position.next_offset]
@@ -112,7 +114,7 @@ def _parked(chunk: Chunk, index: int, error: Poison) -> list[OutboxRow]:
             stage="decode",
             error_class=type(error).__name__,
             service="tidemeter-pusher",
-            original_headers={name: text.decode("utf-8", "replace") for name, text in raw.headers},
+            original_headers=header_texts(raw.headers),
         ),
         ops_event(
             "delta_dead_lettered",
