@@ -20,8 +20,8 @@ from pydantic import SecretStr
 from services.ingest.app import create_app
 from services.ingest.keys import NewKey, generate_key
 from services.ingest.limits import Limits
-from services.wire.codec import Decoder
-from services.wire.errors import Poison, Record
+from services.wire.codec import Decoder, Record
+from services.wire.errors import Poison
 from services.wire.settings import Settings
 from services.wire.topics import USAGE_CURRENT
 
