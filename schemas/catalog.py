@@ -29,7 +29,7 @@ LOCK_FILE = ROOT / "LOCK"
 #: Subjects and their current version: the one this release writes and the upcasters lead to.
 CURRENT_VERSIONS: dict[str, int] = {
     "usage_event": 3,
-    "usage_delta": 1,
+    "usage_delta": 2,
     "conflict": 1,
     "adjustment": 1,
     "ops_event": 1,

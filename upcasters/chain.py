@@ -16,10 +16,10 @@ import fastavro
 from fastavro.validation import validate
 
 from schemas.catalog import CURRENT_VERSIONS, ROOT, released
-from upcasters import usage_event_v1_to_v2, usage_event_v2_to_v3
+from upcasters import usage_delta_v1_to_v2, usage_event_v1_to_v2, usage_event_v2_to_v3
 from upcasters.values import Record, Rejected
 
-STEPS: tuple[ModuleType, ...] = (usage_event_v1_to_v2, usage_event_v2_to_v3)
+STEPS: tuple[ModuleType, ...] = (usage_event_v1_to_v2, usage_event_v2_to_v3, usage_delta_v1_to_v2)
 
 
 class ChainError(Exception):
