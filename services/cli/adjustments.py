@@ -20,6 +20,7 @@ class State(StrEnum):
     """What can be asked for."""
 
     PENDING = "pending"
+    APPROVED = "approved"
     APPLIED = "applied"
     REJECTED = "rejected"
     ALL = "all"
@@ -33,6 +34,7 @@ _COLUMNS = (
     "quantity",
     "occurred_at",
     "arrived_at",
+    "reason",
     "state",
 )
 
@@ -41,21 +43,22 @@ _COLUMNS = (
 def list_adjustments(
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
     meter: Annotated[str | None, typer.Option(help="Only of this meter.")] = None,
+    customer: Annotated[str | None, typer.Option(help="Only of this customer, by your reference.")] = None,
     state: Annotated[State, typer.Option(help="Only those in this state.")] = State.PENDING,
     as_json: JsonFlag = False,
 ) -> None:
-    """List adjustments, oldest event first.
+    """List adjustments, oldest event first. The reason beyond_retention: it may have been counted before.
 
     Example: tidemeter adjustments list --tenant acme
     """
+    from services.ingest.adjustments import STATES, find
+
+    states = STATES if state is State.ALL else [state.value]
     with sentences(), database() as db:
-        rows = db.execute(
-            "SELECT adjustment_id, tenant_id, customer_ref, meter, quantity, occurred_at, arrived_at, state "
-            "FROM adjustments WHERE (%(state)s = 'all' OR state = %(state)s) "
-            "AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s) "
-            "AND (%(meter)s::text IS NULL OR meter = %(meter)s) ORDER BY occurred_at, adjustment_id",
-            {"state": state, "tenant": tenant, "meter": meter},
-        ).fetchall()
+        rows = [
+            [row[name] for name in _COLUMNS]
+            for row in find(db, states=states, tenant=tenant, meter=meter, customer=customer)
+        ]
     if as_json:
         typer.echo(json.dumps([dict(zip(_COLUMNS, map(_plain, row), strict=True)) for row in rows]))
         return
@@ -73,7 +76,9 @@ def approve(
     by: Annotated[str | None, typer.Option(help="Who decides; default the current user.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Count adjustments: into their own hour, or the current one if Stripe would refuse their time.
+    """Have adjustments counted: into their own hour, or the current one if Stripe would refuse their time.
+
+    The counters do so within seconds; then their state is applied.
 
     Example: tidemeter adjustments approve 0b8f6f5e-9f4b-5f0e-8a55-4b7f4a3c2d1e
     """
@@ -88,7 +93,7 @@ def reject(
     by: Annotated[str | None, typer.Option(help="Who decides; default the current user.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Decide that adjustments are not counted. They stay listed as rejected.
+    """Decide that adjustments are never counted. They stay listed as rejected.
 
     Example: tidemeter adjustments reject 0b8f6f5e-9f4b-5f0e-8a55-4b7f4a3c2d1e
     """
@@ -96,20 +101,36 @@ def reject(
 
 
 def _decide(adjustment_ids: list[str], approved: bool, by: str | None, as_json: bool) -> None:
-    from services.counters.adjusting import UnknownAdjustment, decide
+    from services.ingest.adjustments import Decision, TooOldForStripe, UnknownAdjustment, decide
 
+    decisions: list[Decision] = []
+    refused: Exception | None = None
     with sentences(), database() as db:
         try:
-            results = [
-                decide(db, one, approved=approved, by=by or getpass.getuser()) for one in adjustment_ids
-            ]
-        except UnknownAdjustment as error:
-            raise fail(str(error), MISUSED) from None
+            for one in adjustment_ids:
+                decisions.append(decide(db, one, approved=approved, by=by or getpass.getuser()))
+        except (UnknownAdjustment, TooOldForStripe) as error:
+            refused = error  # those before it are decided, and shown
     if as_json:
-        typer.echo(json.dumps([{"adjustment_id": i, "state": s, "changed": c} for i, s, c in results]))
+        if refused is None or decisions:
+            typer.echo(
+                json.dumps(
+                    [
+                        {"adjustment_id": d.adjustment_id, "state": d.state, "changed": d.changed}
+                        for d in decisions
+                    ]
+                )
+            )
     else:
-        for adjustment_id, state, changed in results:
-            typer.echo(f"{adjustment_id} {state}" + ("" if changed else " (decided before; nothing changed)"))
+        for decision in decisions:
+            typer.echo(
+                f"{decision.adjustment_id} {decision.state}"
+                + ("" if decision.changed else " (decided before; nothing changed)")
+            )
+        if any(decision.changed and decision.state == "approved" for decision in decisions):
+            typer.echo("The counters apply it within seconds.", err=True)
+    if refused is not None:
+        raise fail(str(refused), MISUSED)
 
 
 def _plain(value: Any) -> Any:

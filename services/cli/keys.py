@@ -28,7 +28,8 @@ def _checked_scopes(scopes: list[str]) -> list[str]:
 @keys_app.command()
 def create(
     scope: Annotated[
-        list[str], typer.Option(callback=_checked_scopes, help="ingest, read, replay or admin; repeatable.")
+        list[str],
+        typer.Option(callback=_checked_scopes, help="ingest, read, adjust, replay or admin; repeatable."),
     ],
     tenant: Annotated[
         str | None,

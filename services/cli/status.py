@@ -49,6 +49,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             "watermarks": _watermarks(db),
             "deltas": _deltas(db),
             "waiting": _waiting(db),
+            "carried_forward": _carried_forward(db),
         }
 
 
@@ -89,7 +90,11 @@ def _watermarks(db: psycopg.Connection[Any]) -> list[dict[str, Any]]:
 
 
 def _deltas(db: psycopg.Connection[Any]) -> dict[str, dict[str, Any]]:
-    rows = db.execute("SELECT state, count(*), sum(amount) FROM meter_events GROUP BY state").fetchall()
+    rows = db.execute(
+        # Values of `last` meters replace each other: they have no sum.
+        "SELECT state, count(*), coalesce(sum(amount) FILTER (WHERE formula = 'sum'), 0) "
+        "FROM meter_events GROUP BY state"
+    ).fetchall()
     found = {state: {"count": count, "amount": plain(amount)} for state, count, amount in rows}
     return {state: found.get(state, {"count": 0, "amount": "0"}) for state in _STATES}
 
@@ -104,7 +109,9 @@ def _waiting(db: psycopg.Connection[Any]) -> dict[str, int]:
         "(SELECT count(*) FROM items i LEFT JOIN customers c USING (tenant_id, customer_ref) "
         "  WHERE i.dirty_from IS NOT NULL AND c.stripe_customer IS NULL "
         "  AND i.customer_ref !~ '^cus_[A-Za-z0-9_]+$'), "
-        "(SELECT count(*) FROM adjustments WHERE state = 'pending')"
+        "(SELECT count(*) FROM adjustments WHERE state = 'pending'), "
+        "(SELECT count(*) FROM adjustments WHERE state = 'approved'), "
+        "(SELECT count(*) FROM calendar_changes WHERE done_at IS NULL)"
     ).fetchone()
     names = (
         "outbox",
@@ -112,8 +119,16 @@ def _waiting(db: psycopg.Connection[Any]) -> dict[str, int]:
         "items_to_close",
         "items_without_stripe_customer",
         "adjustments",
+        "approved_adjustments",
+        "calendar_changes",
     )
-    return dict(zip(names, row or (0,) * 5, strict=True))
+    return dict(zip(names, row or (0,) * len(names), strict=True))
+
+
+def _carried_forward(db: psycopg.Connection[Any]) -> dict[str, int]:
+    """How often usage went to a later period than its own, by reason."""
+    rows = db.execute("SELECT reason, count(*) FROM carry_forwards GROUP BY reason").fetchall()
+    return {"period_closed": 0, "too_old_for_stripe": 0, **dict(rows)}
 
 
 def needs_attention(document: dict[str, Any]) -> bool:
@@ -186,6 +201,11 @@ def _print(document: dict[str, Any]) -> None:
     for name, number in document["waiting"].items():
         if number:
             console.print(f"waiting: {number} {name.replace('_', ' ')}")
+    for reason, number in document["carried_forward"].items():
+        if number:
+            console.print(
+                f"carried forward: {number} times, {reason.replace('_', ' ')} (`tidemeter periods carried`)"
+            )
     for row in document["halted"]:
         console.print(
             f"[bold red]halted[/]: {row['topic']}/{row['partition']}: {row['halted']} (`tidemeter resume`)"

@@ -1,94 +1,77 @@
-"""Decide an adjustment: count it, once, or not at all."""
+"""Apply adjustments that were approved: each is counted once, in the transaction that says so."""
 
 from __future__ import annotations
 
-import uuid
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
-from typing import Any
+import time
+from typing import Any, LiteralString
 
 import psycopg
 
-from services.counters.periods import Calendar, hour_start
-from services.wire.errors import TidemeterError
+from services.counters import buckets
+from services.counters.config import TENANT_CALENDAR, Meter
+from services.counters.periods import hour_start
+from services.counters.prepare import Account, Item
+from services.counters.windows import OLDEST_US, add
+from services.streaming.faults import fault_point
+from services.wire.pgarrays import register
+from services.wire.times import instant, micros
+from services.wire.usage import QUANTITY_UNIT
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: Below Stripe's 35 days, with room for the push itself.
-_PUSHABLE = timedelta(days=34, hours=12)
+APPLIED_PER_ROUND = 500
+
+_APPROVED: LiteralString = (
+    "SELECT a.adjustment_id, a.item_id, a.customer_ref, a.quantity, a.unique_value, a.occurred_at, "  # noqa: S608
+    "a.arrived_at, a.idempotency_key, m.tenant_id, m.meter, m.aggregation, m.lateness_seconds, "
+    f"m.late_policy, m.allow_negative, {TENANT_CALENDAR} "
+    "FROM adjustments a JOIN tenants t USING (tenant_id) JOIN meters m USING (tenant_id, meter) "
+    "WHERE a.state = 'approved' ORDER BY a.adjustment_id LIMIT %s FOR UPDATE OF a SKIP LOCKED"
+)
 
 
-class UnknownAdjustment(TidemeterError):
-    """No adjustment has this id."""
+def apply_approved(db: psycopg.Connection[Any], now_us: int | None = None) -> int:
+    """Count up to 500 approved adjustments in one transaction; returns how many that was.
 
-
-def decide(
-    db: psycopg.Connection[Any], adjustment_id: str, *, approved: bool, by: str, now: datetime | None = None
-) -> tuple[str, str, bool]:
-    """Approve or reject; returns (id, state, whether this call changed it). Repeating changes nothing.
-
-    An approved one goes to the bucket of its own hour and period, or, when Stripe would refuse that time, to
-    the current hour. Lock order is the counters': item before bucket.
-
-    Raises:
-        UnknownAdjustment: no such id.
+    Each goes to the hour and period it happened in, or, when Stripe would refuse that time, to the hour that
+    is open now. Closing carries it on when the invoice of its period is final.
     """
-    now = now or datetime.now(UTC)
-    try:
-        key = uuid.UUID(adjustment_id)
-    except ValueError:
-        raise UnknownAdjustment(
-            f"{adjustment_id!r} is not an adjustment id; see `tidemeter adjustments list`"
-        ) from None
+    register(db)
+    now_us = now_us if now_us is not None else time.time_ns() // 1000
     with db.transaction():
-        row = db.execute(
-            "SELECT a.item_id, a.quantity, a.occurred_at, a.arrived_at, a.state, t.timezone, m.aggregation "
-            "FROM adjustments a JOIN tenants t USING (tenant_id) JOIN meters m USING (tenant_id, meter) "
-            "WHERE adjustment_id = %s FOR UPDATE OF a",
-            (key,),
-        ).fetchone()
-        if row is None:
-            raise UnknownAdjustment(
-                f"no adjustment {adjustment_id}; see `tidemeter adjustments list --state all`"
-            )
-        item_id, quantity, occurred_at, arrived_at, state, timezone, aggregation = row
-        if state != "pending":
-            return str(key), state, False
-        applied_hour = None
-        if approved:
-            at = occurred_at if occurred_at >= now - _PUSHABLE else now
-            amount = quantity if aggregation == "sum" else Decimal(1)
-            applied_hour = _count(db, item_id, at, arrived_at, amount, Calendar(timezone))
-        state = "applied" if approved else "rejected"
+        rows = db.execute(_APPROVED, (APPLIED_PER_ROUND,)).fetchall()
+        if not rows:
+            return 0
+        items: dict[bytes, Item] = {}
+        for (
+            _,
+            item_id,
+            customer_ref,
+            *_,
+            tenant_id,
+            slug,
+            aggregation,
+            lateness,
+            policy,
+            signed,
+            calendar,
+        ) in rows:
+            meter = Meter(tenant_id, slug, aggregation, lateness * 1_000_000, policy, signed, calendar)
+            items.setdefault(item_id.bytes, Item(item_id.bytes, customer_ref, meter, Account()))
+        buckets.lock_items(db, items.values())
+        applied = []
+        for adjustment_id, item_id, _, quantity, unique_value, occurred_at, _, key, *_ in rows:
+            item, occurred_us = items[item_id.bytes], micros(occurred_at)
+            fits = occurred_us >= now_us - OLDEST_US or item.meter.aggregation == "last"
+            at_us = occurred_us if fits else now_us
+            amount = int(quantity * QUANTITY_UNIT) if unique_value is None else unique_value.int
+            add(item, at_us, amount, key, 1)
+            applied.append((adjustment_id, instant(hour_start(at_us))))
+        arrivals = [micros(row[6]) for row in rows]
+        buckets.write(db, items.values(), (min(arrivals), max(arrivals)))
         db.execute(
-            "UPDATE adjustments SET state = %s, applied_hour = %s, decided_by = %s, decided_at = %s "
-            "WHERE adjustment_id = %s",
-            (state, applied_hour, by, now, key),
+            "UPDATE adjustments a SET state = 'applied', applied_hour = u.h, applied_at = now() "
+            "FROM unnest(%s::uuid[], %s::timestamptz[]) AS u (i, h) WHERE a.adjustment_id = u.i",
+            ([one[0] for one in applied], [one[1] for one in applied]),
         )
-    return str(key), state, True
-
-
-def _count(
-    db: psycopg.Connection[Any],
-    item_id: uuid.UUID,
-    at: datetime,
-    arrived_at: datetime,
-    amount: Decimal,
-    calendar: Calendar,
-) -> datetime:
-    at_us = (at - _EPOCH) // timedelta(microseconds=1)
-    hour = _EPOCH + timedelta(microseconds=hour_start(at_us))
-    period = _EPOCH + timedelta(microseconds=calendar.period_start(at_us))
-    db.execute(
-        "UPDATE items SET dirty_from = least(dirty_from, %s) WHERE item_id = %s",
-        (hour, item_id),
-    )
-    db.execute(
-        "INSERT INTO buckets AS b "
-        "(item_id, hour_start, period_start, total, events, late_events, first_arrival, last_arrival) "
-        "VALUES (%s, %s, %s, %s, 1, 1, %s, %s) ON CONFLICT (item_id, hour_start, period_start) DO UPDATE "
-        "SET total = b.total + excluded.total, events = b.events + 1, late_events = b.late_events + 1, "
-        "first_arrival = least(b.first_arrival, excluded.first_arrival), "
-        "last_arrival = greatest(b.last_arrival, excluded.last_arrival)",
-        (item_id, hour, period, amount, arrived_at, arrived_at),
-    )
-    return hour
+        fault_point("adjust.before_commit")
+    fault_point("adjust.after_commit")
+    return len(applied)

@@ -8,8 +8,10 @@ import time
 import psycopg
 import structlog
 
-from schemas.catalog import check_catalog
-from services.counters.closing import close_round
+from schemas.catalog import check_catalog, current
+from services.counters.adjusting import apply_approved
+from services.counters.calendars import carry_out_changes
+from services.counters.closing import Invoices, close_round
 from services.counters.config import load_configuration
 from services.counters.conservation import conservation
 from services.counters.generations import rotate_generations
@@ -20,6 +22,7 @@ from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.observe import Health, Status
 from services.streaming.worker import Worker
 from services.wire import metrics
+from services.wire.codec import Encoder
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
 from services.wire.topics import USAGE_VERSIONS
@@ -38,6 +41,10 @@ class DeltaTimer:
         self._settings = settings
         self._database = Database(settings.postgres(), "deltas")
         self._kafka = outbox.relay_producer(settings.kafka())
+        self._encoder = Encoder(current("usage_delta"))
+        self._invoices = Invoices(
+            int(settings.invoice_grace_seconds * 1_000_000), int(settings.close_margin_seconds * 1_000_000)
+        )
         self._next_rotation = 0.0
         self._last_good = time.monotonic()
 
@@ -51,9 +58,12 @@ class DeltaTimer:
                     log.info("idempotency keys start a new generation")
             except psycopg.errors.LockNotAvailable as error:
                 log.warning("the change of generation waits for a long reader", error=error)
+        while apply_approved(db):
+            pass
+        carry_out_changes(db)
         closed = 0
         while True:
-            items, deltas = close_round(db)
+            items, deltas = close_round(db, self._encoder, invoices=self._invoices)
             closed += deltas
             outbox.relay(db, GROUP, self._kafka)
             if items == 0:
@@ -90,7 +100,9 @@ async def run(settings: Settings) -> None:
     check_chain(chain)
     configuration = Database(settings.postgres(), "configuration")
     counters = Counters(
-        Preparer(decoder_for(settings), chain), lambda: load_configuration(configuration.connection())
+        Preparer(decoder_for(settings), chain),
+        lambda: load_configuration(configuration.connection()),
+        dedupe_days=settings.dedupe_days,
     )
     timer = DeltaTimer(settings)
     health = Health({"closing": timer.health})

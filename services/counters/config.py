@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 
-from services.counters.periods import Calendar
+#: Calendar of a customer without one: calendar months in the tenant's time zone.
+TENANT_CALENDAR: LiteralString = "'1 month ' || t.timezone"
 
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """One meter. Times in microseconds."""
+    """One meter. Times in microseconds; ``calendar`` is for customers without one of their own."""
 
     tenant_id: str
     meter: str
@@ -21,7 +22,9 @@ class Meter:
     lateness_us: int
     late_policy: str
     allow_negative: bool
-    calendar: Calendar
+    calendar: str
+    value_property: str | None = None
+    dimensions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +42,36 @@ def read_version(db: psycopg.Connection[Any]) -> int:
 
 
 def load_configuration(db: psycopg.Connection[Any]) -> Configuration:
-    """Read everything. The version is read first: a change in between is found, and read, by the next chunk.
-
-    Raises:
-        Misconfigured: a tenant has an unknown time zone.
-    """
+    """Read everything. The version is read first: the next chunk finds, and reads, a change in between."""
     with db.transaction():
         version = read_version(db)
         rows = db.execute(
-            "SELECT m.tenant_id, m.meter, m.aggregation, m.lateness_seconds, m.late_policy, "
-            "m.allow_negative, t.timezone FROM meters m JOIN tenants t USING (tenant_id)"
+            "SELECT m.tenant_id, m.meter, m.aggregation, m.lateness_seconds, m.late_policy, "  # noqa: S608
+            f"m.allow_negative, {TENANT_CALENDAR}, m.value_property, m.dimensions "
+            "FROM meters m JOIN tenants t USING (tenant_id)"
         ).fetchall()
     meters = {
-        (row[0], row[1]): Meter(row[0], row[1], row[2], row[3] * 1_000_000, row[4], row[5], Calendar(row[6]))
-        for row in rows
+        (tenant_id, slug): Meter(
+            tenant_id=tenant_id,
+            meter=slug,
+            aggregation=aggregation,
+            lateness_us=lateness_s * 1_000_000,
+            late_policy=late_policy,
+            allow_negative=allow_negative,
+            calendar=calendar,
+            value_property=value_property,
+            dimensions=tuple(dimensions),
+        )
+        for (
+            tenant_id,
+            slug,
+            aggregation,
+            lateness_s,
+            late_policy,
+            allow_negative,
+            calendar,
+            value_property,
+            dimensions,
+        ) in rows
     }
     return Configuration(version, meters)

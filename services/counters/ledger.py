@@ -23,17 +23,19 @@ from typing import Any
 
 import psycopg
 
+from services.counters import buckets
 from services.counters.config import Configuration, load_configuration, read_version
+from services.counters.periods import HOUR_US
 from services.counters.prepare import (
+    DAY_US,
     OUTCOMES,
     Event,
-    Item,
     Prepared,
     Preparer,
     parked_rows,
 )
 from services.counters.records import adjustment_row, conflict_row
-from services.counters.windows import Arrival, add, classify
+from services.counters.windows import OLDEST_US, Arrival, add, classify
 from services.streaming import breaker, offsets
 from services.streaming.chunks import Chunk
 from services.streaming.faults import fault_point
@@ -41,7 +43,7 @@ from services.streaming.outbox import enqueue
 from services.streaming.worker import Applied
 from services.wire import metrics
 from services.wire.errors import OffsetGap, Transient, require
-from services.wire.pgarrays import int8_array, register, timestamp_array, timestamp_of, uuid_array
+from services.wire.pgarrays import int8_array, register, uuid_array
 from services.wire.records import OutboxRow, ops_event
 from services.wire.topics import USAGE_VERSIONS
 
@@ -60,21 +62,43 @@ class FirstSeen:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class TooLate:
+    """An event that is not counted as it came. ``watermark`` judged it; ``resend`` is whether its key may
+    have been forgotten since it was counted: then only a person can tell."""
+
+    event: Event
+    watermark: int
+    resend: bool
+
+    @property
+    def carried(self) -> bool:
+        """Whether it is counted into the open period."""
+        return self.event[3].meter.late_policy == "carry_forward" and not self.resend
+
+
 @dataclass(slots=True)
 class Decisions:
     """Outcomes that write more than a counter."""
 
-    adjusted: list[tuple[Event, int]] = field(default_factory=list)  # with the watermark that judged it
+    too_late: list[TooLate] = field(default_factory=list)
     conflicts: list[tuple[Event, FirstSeen]] = field(default_factory=list)
 
 
 class Counters:
-    """The chunk handler of the counters group."""
+    """The chunk handler of the counters group.
 
-    def __init__(self, preparer: Preparer, load: Callable[[], Configuration]) -> None:
+    ``dedupe_days``: how long keys are kept. An older event may be one that was counted before.
+    """
+
+    def __init__(
+        self, preparer: Preparer, load: Callable[[], Configuration], *, dedupe_days: int = 35
+    ) -> None:
         self._preparer = preparer
         self._load = load
         self._config: Configuration | None = None
+        # A key is kept from its arrival on. An event may be a little ahead of its own, and clocks differ.
+        self._key_age_us = dedupe_days * DAY_US - HOUR_US
 
     def prepare(self, chunk: Chunk) -> Prepared:
         """See :class:`services.counters.prepare.Preparer`."""
@@ -147,21 +171,19 @@ class Counters:
         _account_parked(prepared)
         known = _remember_ids(db, prepared)  # 4
         fault_point("tx.ids_remembered")
-        _lock_items(db, prepared)  # 5
-        decisions = _decide(prepared, known)  # 6
+        buckets.lock_items(db, prepared.items.values())  # 5
+        decisions = _decide(prepared, known, self._key_age_us)  # 6
         _carry_forward(db, prepared, decisions)
         now_us = time.time_ns() // 1000
-        with db.pipeline():  # 7
-            _write_items(db, prepared)
-            _write_buckets(db, prepared)
+        chunk = prepared.chunk
+        arrivals_us = chunk.records[0].timestamp * 1000, chunk.records[-1].timestamp * 1000
+        buckets.write(db, prepared.items.values(), arrivals_us)  # 7
+        with db.pipeline():
             _write_accounts(db, prepared)
-            rows = parked_rows(prepared.chunk, prepared.parked, now_us)
-            for event, watermark in decisions.adjusted:
-                key = self._preparer.idempotency_key(prepared.chunk, event[0])
-                rows.append(adjustment_row(db, prepared.chunk, event, key, watermark))
+            rows = parked_rows(chunk, prepared.parked, now_us)
+            rows.extend(adjustment_row(db, chunk, one) for one in decisions.too_late)
             for event, first in decisions.conflicts:
-                key = self._preparer.idempotency_key(prepared.chunk, event[0])
-                rows.extend(conflict_row(db, prepared.chunk, event, key, first, now_us))
+                rows.extend(conflict_row(db, chunk, event, first, now_us))
         fault_point("tx.counted")
         return rows
 
@@ -193,7 +215,7 @@ def _remember_ids(db: Connection, prepared: Prepared) -> dict[bytes, FirstSeen]:
     version, partition = USAGE_VERSIONS[tp.topic], tp.partition
     new = [
         _SEEN_ROW(5, 16, event_id, 8, digest, 2, version, 4, partition, 8, records[index].offset)
-        for index, event_id, digest, _, _, _ in events
+        for index, event_id, digest, *_ in events
         if event_id not in known
     ]
     try:
@@ -222,52 +244,14 @@ def _event_id(event: Event) -> bytes:
     return event[1]
 
 
-def _lock_items(db: Connection, prepared: Prepared) -> None:
-    by_id = {item.item_id: item for item in prepared.items.values()}
-    missing = _read_watermarks(db, by_id)
-    if missing:
-        new = sorted((by_id[item_id] for item_id in missing), key=_item_id)
-        db.execute(
-            "INSERT INTO items (item_id, tenant_id, customer_ref, meter, watermark) "
-            "SELECT u.i, u.t, u.c, u.m, '-infinity' FROM unnest(%s, %s::text[], %s::text[], %s::text[]) "
-            "AS u (i, t, c, m) ON CONFLICT DO NOTHING",
-            (
-                uuid_array([item.item_id for item in new]),
-                [item.meter.tenant_id for item in new],
-                [item.customer_ref for item in new],
-                [item.meter.meter for item in new],
-            ),
-        )
-        still_missing = _read_watermarks(db, {item.item_id: item for item in new})
-        require(not still_missing, "an item that was just inserted is not there")
-
-
-def _item_id(item: Item) -> bytes:
-    return item.item_id
-
-
-def _read_watermarks(db: Connection, by_id: dict[bytes, Item]) -> list[bytes]:
-    """Lock the rows, fill the watermarks in, and return the ids without a row."""
-    rows = db.execute(
-        "SELECT uuid_send(item_id), timestamptz_send(watermark) FROM items WHERE item_id = ANY(%s) "
-        "ORDER BY item_id FOR UPDATE",
-        (uuid_array(sorted(by_id)),),
-        binary=True,
-    ).fetchall()
-    for item_id, watermark in rows:
-        by_id[bytes(item_id)].watermark = timestamp_of(watermark)
-    if len(rows) == len(by_id):
-        return []
-    return list(by_id.keys() - {bytes(row[0]) for row in rows})
-
-
-def _decide(prepared: Prepared, known: dict[bytes, FirstSeen]) -> Decisions:
+def _decide(prepared: Prepared, known: dict[bytes, FirstSeen], key_age_us: int) -> Decisions:
     """Give every event its outcome, in offset order, and add what counts to the items' buckets."""
     decisions = Decisions()
     records = prepared.chunk.records
     tp = prepared.chunk.partition
+    age_max_us = min(OLDEST_US, key_age_us)
     for event in prepared.events:
-        index, event_id, digest, item, occurred, quantity = event
+        index, event_id, digest, item, occurred, amount, key = event
         account = item.account
         if known and (first := known.get(event_id)) is not None:
             if first.digest == digest:
@@ -276,18 +260,18 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen]) -> Decisions:
                 account.conflict += 1
                 decisions.conflicts.append((event, first))
             continue
-        watermark = item.watermark
-        arrival = classify(occurred, watermark, item.meter.lateness_us, records[index].timestamp * 1000)
+        watermark, arrival_us = item.watermark, records[index].timestamp * 1000
+        arrival = classify(occurred, watermark, item.meter.lateness_us, arrival_us, age_max_us)
         if arrival is Arrival.ON_TIME:
             account.counted += 1
             item.watermark = occurred
-            add(item, occurred, quantity, 0)
+            add(item, occurred, amount, key, 0)
         elif arrival is Arrival.LATE:
             account.late_counted += 1
-            add(item, occurred, quantity, 1)
+            add(item, occurred, amount, key, 1)
         else:
             account.adjusted += 1
-            decisions.adjusted.append((event, watermark))
+            decisions.too_late.append(TooLate(event, watermark, occurred < arrival_us - key_age_us))
     if prepared.repeats:
         firsts = {event[1]: event for event in prepared.events}
         for event in prepared.repeats:
@@ -304,64 +288,20 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen]) -> Decisions:
 
 
 def _carry_forward(db: Connection, prepared: Prepared, decisions: Decisions) -> None:
-    """Count what came too late into the open period, where the meter says so: once, expired key or not."""
-    carried = [one for one in decisions.adjusted if one[0][3].meter.late_policy == "carry_forward"]
+    """Count what came too late into the open period, where the meter says so: once, however often it came."""
+    carried = [one for one in decisions.too_late if one.carried]
     if not carried:
         return
-    ids = uuid_array([event[1] for event, _ in carried])
+    ids = uuid_array([one.event[1] for one in carried])
     rows = db.execute(
         "SELECT uuid_send(adjustment_id) FROM adjustments WHERE adjustment_id = ANY(%s)", (ids,), binary=True
     ).fetchall()
     before = {bytes(row[0]) for row in rows}
-    for (index, event_id, _, item, _, quantity), watermark in carried:
+    for one in carried:
+        index, event_id, _, item, _, amount, key = one.event
         if event_id not in before:
-            add(item, max(watermark, prepared.chunk.records[index].timestamp * 1000), quantity, 1)
-
-
-def _write_items(db: Connection, prepared: Prepared) -> None:
-    changed = sorted((item for item in prepared.items.values() if item.buckets), key=_item_id)
-    if changed:
-        db.execute(
-            "UPDATE items SET watermark = greatest(watermark, u.w), dirty_from = least(dirty_from, u.h) "
-            "FROM unnest(%s, %s, %s) AS u (i, w, h) WHERE item_id = u.i",
-            (
-                uuid_array([item.item_id for item in changed]),
-                timestamp_array([item.watermark for item in changed]),
-                timestamp_array([min(hour for hour, _ in item.buckets) for item in changed]),
-            ),
-        )
-
-
-def _write_buckets(db: Connection, prepared: Prepared) -> None:
-    rows = [
-        (item.item_id, hour, period, *sums)
-        for item in sorted(prepared.items.values(), key=_item_id)
-        for (hour, period), sums in item.buckets.items()
-    ]
-    if not rows:
-        return
-    ids, hours, periods, totals, events, late = zip(*rows, strict=True)
-    records = prepared.chunk.records
-    db.execute(
-        "INSERT INTO buckets AS b "
-        "(item_id, hour_start, period_start, total, events, late_events, first_arrival, last_arrival) "
-        "SELECT u.i, u.h, u.p, u.t * 0.000000001, u.n, u.l, to_timestamp(%s), to_timestamp(%s) "
-        "FROM unnest(%s, %s, %s, %s::numeric[], %s, %s) AS u (i, h, p, t, n, l) "
-        "ON CONFLICT (item_id, hour_start, period_start) DO UPDATE SET total = b.total + excluded.total, "
-        "events = b.events + excluded.events, late_events = b.late_events + excluded.late_events, "
-        "first_arrival = least(b.first_arrival, excluded.first_arrival), "
-        "last_arrival = greatest(b.last_arrival, excluded.last_arrival)",
-        (
-            records[0].timestamp / 1000,
-            records[-1].timestamp / 1000,
-            uuid_array(ids),
-            timestamp_array(hours),
-            timestamp_array(periods),
-            "{" + ",".join(map(str, totals)) + "}",
-            int8_array(events),
-            int8_array(late),
-        ),
-    )
+            at_us = max(one.watermark, prepared.chunk.records[index].timestamp * 1000)
+            add(item, at_us, amount, key, 1)
 
 
 def _write_accounts(db: Connection, prepared: Prepared) -> None:

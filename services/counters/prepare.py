@@ -13,10 +13,11 @@ from typing import Literal
 
 from schemas.catalog import Schema, current, released
 from services.counters.config import Configuration, Meter
+from services.counters.periods import Calendar
 from services.streaming.chunks import Chunk, RawRecord
 from services.wire import topics
 from services.wire.codec import SCHEMA_HEADER, Decoder, Record
-from services.wire.errors import Undecodable, UnknownSchema
+from services.wire.errors import Invalid, Undecodable, UnknownSchema
 from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
 from services.wire.usage import (
     EARLIEST_US,
@@ -26,6 +27,8 @@ from services.wire.usage import (
     content_digest,
     event_id_hash,
     item_id_hash,
+    parse_quantity,
+    value_hash,
 )
 from services.wire.usage import (
     IDEMPOTENCY_KEY_CHARS_MAX as KEY_CHARS_MAX,
@@ -62,24 +65,62 @@ class Account:
 OUTCOMES = ("counted", "duplicate", "conflict", "late_counted", "adjusted", "dead_lettered", "upcast_failed")
 
 
+class Bucket:
+    """What one hour of an item gets from this chunk.
+
+    ``total`` in billionths, as the meter aggregates; ``key`` is the idempotency key of the event that the
+    total of a ``last`` meter comes from; ``values`` are the hashed values of a ``unique`` one.
+    """
+
+    __slots__ = ("events", "first_us", "key", "last_us", "late", "total", "values")
+
+    def __init__(self, first_us: int, last_us: int) -> None:
+        self.first_us, self.last_us = first_us, last_us
+        self.total = self.events = self.late = 0
+        self.key = ""
+        self.values: set[int] | None = None
+
+
 class Item:
-    """One metered item of this chunk. ``watermark`` is filled in, and moved, inside the transaction."""
+    """One metered item of this chunk. Its watermark and its calendar are filled in inside the transaction."""
 
-    __slots__ = ("account", "buckets", "customer_ref", "item_id", "meter", "watermark")
+    __slots__ = (
+        "account",
+        "buckets",
+        "calendar",
+        "customer_ref",
+        "dimensions",
+        "item_id",
+        "meter",
+        "period_end",
+        "period_start",
+        "watermark",
+    )
 
-    def __init__(self, item_id: bytes, customer_ref: str, meter: Meter, account: Account) -> None:
+    def __init__(
+        self,
+        item_id: bytes,
+        customer_ref: str,
+        meter: Meter,
+        account: Account,
+        dimensions: tuple[str, ...] = (),
+    ) -> None:
         self.item_id = item_id
         self.customer_ref = customer_ref
         self.meter = meter
         self.account = account
+        self.dimensions = dimensions
         self.watermark = 0
-        #: (hour start, period start) → [total in billionths, events, late events]
-        self.buckets: dict[tuple[int, int], list[int]] = {}
+        self.calendar: Calendar | None = None
+        #: The period that was last looked up: events come in runs of one.
+        self.period_start = self.period_end = 0
+        #: By (hour start, period start), in microseconds.
+        self.buckets: dict[tuple[int, int], Bucket] = {}
 
 
-#: (index in the chunk, id hash, digest, item, occurred_at µs, quantity in billionths). A plain tuple: one is
-#: made for every event.
-Event = tuple[int, bytes, int, Item, int, int]
+#: (index in the chunk, id hash, digest, item, occurred_at µs, amount, idempotency key). The amount is in
+#: billionths; for a `unique` meter it is the hash of the value. A plain tuple: one is made for every event.
+Event = tuple[int, bytes, int, Item, int, int, str]
 
 
 @dataclass(slots=True)
@@ -105,7 +146,8 @@ class Prepared:
     events: list[Event] = field(default_factory=list)
     repeats: list[Event] = field(default_factory=list)
     parked: list[Parked] = field(default_factory=list)
-    items: dict[tuple[str, str, str], Item] = field(default_factory=dict)
+    #: By (tenant, customer, meter, values of the meter's dimensions).
+    items: dict[tuple[str, ...], Item] = field(default_factory=dict)
     accounts: dict[tuple[str, str], Account] = field(default_factory=dict)
     #: A transaction fills it in, so one that is repeated needs it afresh.
     used: bool = False
@@ -162,29 +204,16 @@ class Preparer:
                 prepared.events.append(event)
         return prepared
 
-    def idempotency_key(self, chunk: Chunk, index: int) -> str:
-        """The key of an event, read again: too rarely needed to be kept for every event."""
-        schema, record = self._decoder.decode(chunk.records[index].value or b"")
-        return str(self._upcasters.to_current(schema.subject, schema.version, record)["idempotency_key"])
-
     def _event(
         self, prepared: Prepared, config: Configuration, index: int, arrival_us: int, record: Record
     ) -> Event | None:
         """The event of a current record, or None when it was parked."""
-        tenant_id, customer_ref, meter_slug = record["tenant_id"], record["customer_ref"], record["meter"]
-        item = prepared.items.get((tenant_id, customer_ref, meter_slug))
+        tenant_id = record["tenant_id"]
+        item = prepared.items.get((tenant_id, record["customer_ref"], record["meter"]))
         if item is None:
-            reason = _unfit_identity(record)
-            meter = config.meters.get((tenant_id, meter_slug))
-            if reason is not None or meter is None:
-                prepared.parked.append(_dead_letter(index, reason or "unknown_meter", record))
+            item = _item(prepared, config, index, record)
+            if item is None:
                 return None
-            item = prepared.items[tenant_id, customer_ref, meter_slug] = Item(
-                item_id_hash(tenant_id, customer_ref, meter_slug),
-                customer_ref,
-                meter,
-                prepared.account(tenant_id, meter_slug),
-            )
         quantity = int.from_bytes(record["quantity"], "big", signed=True)
         occurred = record["occurred_at"]
         if occurred is None:
@@ -198,15 +227,59 @@ class Preparer:
         ):
             prepared.parked.append(_dead_letter(index, _unfit(key, quantity, occurred, arrival_us), record))
             return None
+        if item.meter.value_property is not None:
+            try:
+                quantity = _value(item.meter, record["properties"])
+            except Invalid as error:
+                prepared.parked.append(_dead_letter(index, error.reason, record))
+                return None
+        elif item.meter.aggregation == "count":
+            quantity = QUANTITY_UNIT
         item.account.received += 1
-        return (
-            index,
-            event_id_hash(tenant_id, key),
-            content_digest(record),
-            item,
-            occurred,
-            quantity if item.meter.aggregation == "sum" else QUANTITY_UNIT,
+        return (index, event_id_hash(tenant_id, key), content_digest(record), item, occurred, quantity, key)
+
+
+def _item(prepared: Prepared, config: Configuration, index: int, record: Record) -> Item | None:
+    """The item of a record, made on first use; None when the record was parked."""
+    tenant_id, customer_ref, slug = record["tenant_id"], record["customer_ref"], record["meter"]
+    reason = _unfit_identity(record)
+    meter = config.meters.get((tenant_id, slug))
+    if reason is not None or meter is None:
+        prepared.parked.append(_dead_letter(index, reason or "unknown_meter", record))
+        return None
+    properties = record["properties"]
+    values = tuple(properties.get(name, "") for name in meter.dimensions)
+    if "" in values or any("\x00" in value for value in values):
+        prepared.parked.append(_dead_letter(index, "dimension_missing", record))
+        return None
+    name = (tenant_id, customer_ref, slug, *values)
+    item = prepared.items.get(name)
+    if item is None:
+        item = prepared.items[name] = Item(
+            item_id_hash(*name), customer_ref, meter, prepared.account(tenant_id, slug), values
         )
+    return item
+
+
+def _value(meter: Meter, properties: Mapping[str, str]) -> int:
+    """What a property is worth to ``meter``.
+
+    Raises:
+        Invalid: ``value_missing``, ``value_negative``, or as :func:`parse_quantity` with ``value`` for
+            ``quantity``.
+    """
+    text = properties.get(meter.value_property or "", "")
+    if not text:
+        raise Invalid("value_missing", "properties", "the property that this meter measures is missing")
+    if meter.aggregation == "unique":
+        return value_hash(text)
+    try:
+        value = parse_quantity(text)
+    except Invalid as error:
+        raise Invalid(error.reason.replace("quantity", "value", 1), "properties", str(error)) from None
+    if value < 0 and not meter.allow_negative:
+        raise Invalid("value_negative", "properties", "must not be negative")
+    return value if meter.aggregation != "count" else QUANTITY_UNIT
 
 
 _UPCAST_REASONS: Mapping[type[Exception], str] = {

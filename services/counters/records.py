@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +16,31 @@ from services.streaming.chunks import Chunk
 from services.wire import topics
 from services.wire.codec import Encoder
 from services.wire.records import OutboxRow, ops_event
+from services.wire.times import instant
 from services.wire.usage import QUANTITY_UNIT, record_key
 
 if TYPE_CHECKING:
-    from services.counters.ledger import FirstSeen
+    from services.counters.ledger import FirstSeen, TooLate
     from services.counters.prepare import Event
 
 
-def _time(micros: int) -> datetime:
-    return datetime.fromtimestamp(micros / 1_000_000, UTC)
-
-
-def adjustment_row(
-    db: psycopg.Connection[Any], chunk: Chunk, event: Event, key: str, watermark_us: int
-) -> OutboxRow:
+def adjustment_row(db: psycopg.Connection[Any], chunk: Chunk, one: TooLate) -> OutboxRow:
     """Store an adjustment, pending or already carried forward, and return its record for the topic."""
-    index, event_id, _, item, occurred, quantity = event
+    index, event_id, _, item, occurred, amount, key = one.event
     raw, meter, tp = chunk.records[index], item.meter, chunk.partition
     arrived = raw.timestamp * 1000
-    watermark = max(watermark_us, 0)
-    carried = meter.late_policy == "carry_forward"
+    watermark = max(one.watermark, 0)
+    policy = "carry_forward" if one.carried else "manual"
+    is_unique = meter.aggregation == "unique"
+    quantity = QUANTITY_UNIT if is_unique else amount
+    applied_hour = instant(hour_start(max(watermark, arrived))) if one.carried else None
     db.execute(
         "INSERT INTO adjustments "
-        "(adjustment_id, item_id, tenant_id, customer_ref, meter, "
-        "idempotency_key, quantity, occurred_at, arrived_at, watermark, policy, state, applied_hour, topic, "
+        "(adjustment_id, item_id, tenant_id, customer_ref, meter, idempotency_key, quantity, unique_value, "
+        "occurred_at, arrived_at, watermark, policy, reason, state, applied_hour, applied_at, topic, "
         'partition, "offset") '
-        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) "
+        "ON CONFLICT DO NOTHING",
         (
             uuid.UUID(bytes=event_id),
             uuid.UUID(bytes=item.item_id),
@@ -51,12 +49,15 @@ def adjustment_row(
             meter.meter,
             key,
             Decimal(quantity) / QUANTITY_UNIT,
-            _time(occurred),
-            _time(arrived),
-            _time(watermark),
-            meter.late_policy,
-            "applied" if carried else "pending",
-            _time(hour_start(max(watermark, arrived))) if carried else None,
+            uuid.UUID(int=amount) if is_unique else None,
+            instant(occurred),
+            instant(arrived),
+            instant(watermark),
+            policy,
+            "beyond_retention" if one.resend else "too_late",
+            "applied" if one.carried else "pending",
+            applied_hour,
+            instant(arrived) if one.carried else None,
             tp.topic,
             tp.partition,
             raw.offset,
@@ -74,23 +75,25 @@ def adjustment_row(
             "occurred_at": occurred,
             "arrived_at": arrived,
             "watermark": watermark,
-            "policy": meter.late_policy,
+            "policy": policy,
             "topic": tp.topic,
             "partition": tp.partition,
             "offset": raw.offset,
         }
     )
-    headers = {name: text.decode() for name, text in encoder.headers}
     return OutboxRow(
-        topics.ADJUSTMENTS, record_key(meter.tenant_id, item.customer_ref, meter.meter), value, headers
+        topics.ADJUSTMENTS,
+        record_key(meter.tenant_id, item.customer_ref, meter.meter),
+        value,
+        encoder.header_texts,
     )
 
 
 def conflict_row(
-    db: psycopg.Connection[Any], chunk: Chunk, event: Event, key: str, first: FirstSeen, now_us: int
+    db: psycopg.Connection[Any], chunk: Chunk, event: Event, first: FirstSeen, now_us: int
 ) -> list[OutboxRow]:
     """Store a conflict, and return its record for the topic and its ops event."""
-    index, event_id, digest, item, _, _ = event
+    index, event_id, digest, item, _, _, key = event
     raw, tp, tenant_id = chunk.records[index], chunk.partition, item.meter.tenant_id
     db.execute(
         'INSERT INTO conflicts (tenant_id, idempotency_key, topic, partition, "offset") '
@@ -114,9 +117,11 @@ def conflict_row(
             "detected_at": now_us,
         }
     )
-    headers = {name: text.decode() for name, text in encoder.headers}
     record = OutboxRow(
-        topics.CONFLICTS, json.dumps([tenant_id, key], separators=(",", ":")).encode(), value, headers
+        topics.CONFLICTS,
+        json.dumps([tenant_id, key], separators=(",", ":")).encode(),
+        value,
+        encoder.header_texts,
     )
     alarm = ops_event(
         "usage_conflict",

@@ -11,11 +11,13 @@ import structlog
 import uvicorn
 from litestar import Litestar, MediaType, Request, Response, get, post
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.types import ControllerRouterHandler, HTTPScope, Receive, Send
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from schemas.catalog import check_catalog, current
+from services.ingest.adjustment_routes import approve_adjustment, list_adjustments, reject_adjustment
+from services.ingest.adjustments import AdjustmentStore
 from services.ingest.answers import (
     RETRY_AFTER_S,
     IngestAnswer,
@@ -48,10 +50,16 @@ class Ingest:
     """Everything a request needs; one per process."""
 
     def __init__(
-        self, publisher: UsagePublisher, keys: KeyStore, limits: Limits, encoder: Encoder | None = None
+        self,
+        publisher: UsagePublisher,
+        keys: KeyStore,
+        adjustments: AdjustmentStore,
+        limits: Limits,
+        encoder: Encoder | None = None,
     ) -> None:
         self.publisher = publisher
         self.keys = keys
+        self.adjustments = adjustments
         self.limits = limits
         self.encoder = encoder or usage_encoder()
         self.rate = RateLimit(limits, time.monotonic)
@@ -229,6 +237,11 @@ def _refusal_answer(_: Request[Any, Any, State], error: RequestRefused) -> Respo
 
 def _http_answer(_: Request[Any, Any, State], error: HTTPException) -> Response[Problem]:
     """Errors of the framework, without its details: those may quote the request."""
+    if isinstance(error, ValidationException):  # only parameters are left to the framework
+        extra = error.extra if isinstance(error.extra, list) else []
+        name = next((one["key"].rstrip("_") for one in extra if isinstance(one, dict) and "key" in one), None)
+        problem = Problem("parameter_invalid", "takes other values than this; see /docs", name)
+        return Response(problem, status_code=400)
     code, message = _HTTP_PROBLEMS.get(error.status_code, ("refused", "the request was refused"))
     if error.status_code >= 500:
         log.error("http.failed", error=type(error).__name__)
@@ -292,6 +305,7 @@ def create_app(
                 settings.kafka(), USAGE_CURRENT, encoder.headers, ack_timeout_s=limits.ack_timeout_s
             ),
             keys or KeyStore(PostgresKeyRows(settings.postgres())),
+            AdjustmentStore(settings.postgres),
             limits,
             encoder,
         )
@@ -300,9 +314,20 @@ def create_app(
     async def stop(app: Litestar) -> None:
         await app.state.ingest.publisher.close()
         await app.state.ingest.keys.close()
+        await asyncio.to_thread(app.state.ingest.adjustments.close)
 
     return _Metered(
-        [ingest_events, live, ready, metrics, openapi_json, *routes],
+        [
+            ingest_events,
+            list_adjustments,
+            approve_adjustment,
+            reject_adjustment,
+            live,
+            ready,
+            metrics,
+            openapi_json,
+            *routes,
+        ],
         on_startup=[start],
         on_shutdown=[stop],
         openapi_config=openapi_config(),

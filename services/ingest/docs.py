@@ -58,6 +58,8 @@ answer, never counts it twice. An event is called `accepted` once every in-sync 
 * **Bodies** are at most 1 MiB and 1000 events, after inflation too; `Content-Encoding: gzip` is understood.
 * **When PostgreSQL is away**, keys that were verified in the last five minutes keep working; a revocation
   otherwise holds after five seconds.
+* **Adjustments** are events that came after their meter's lateness window. A key with the scope `read` lists
+  them, one with `adjust` decides them; a tenant's key knows those of its own tenant only.
 """
 
 
@@ -276,6 +278,26 @@ INGEST_RESPONSES: dict[int, ResponseSpec] = {
 }
 
 
+_ABOUT_ADJUSTMENTS: dict[int, ResponseSpec] = {
+    401: documented("No API key, or one that is wrong, expired or revoked.", Problem),
+    403: documented("The key lacks the scope.", Problem),
+    500: documented("A defect on our side.", Problem),
+    503: documented("PostgreSQL does not answer; wait for Retry-After and try again.", Problem),
+}
+#: Every answer to a list of adjustments but 200.
+LIST_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("A parameter that does not exist, or a value that it does not take.", Problem),
+    **_ABOUT_ADJUSTMENTS,
+}
+#: Every answer to a decision but 200.
+DECIDE_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("The request is malformed.", Problem),
+    404: documented("No adjustment has this id, or it is of another tenant.", Problem),
+    409: documented("It was decided the other way before, or it is too old to be approved.", Problem),
+    **_ABOUT_ADJUSTMENTS,
+}
+
+
 def openapi_config() -> OpenAPIConfig:
     """Title, description, security; pages at ``/docs``, the document at ``/openapi.json`` too."""
     return OpenAPIConfig(
@@ -289,5 +311,5 @@ def openapi_config() -> OpenAPIConfig:
                 "apiKey": SecurityScheme(type="http", scheme="bearer", description="`tmk_<key id>_<secret>`")
             }
         ),
-        tags=[Tag(name="usage"), Tag(name="operation")],
+        tags=[Tag(name="usage"), Tag(name="adjustments"), Tag(name="operation")],
     )

@@ -31,7 +31,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 from services.ingest.answers import RETRY_AFTER_S, RequestRefused
 from services.wire.errors import Transient
 
-Scope = Literal["ingest", "read", "replay", "admin"]
+Scope = Literal["ingest", "read", "adjust", "replay", "admin"]
 #: ``admin`` includes every other scope.
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from schemas.catalog import check_catalog, current
+from schemas.catalog import check_catalog
 from services.pusher.intents import intent_of
 from services.pusher.journal import PRODUCER, record_intents
 from services.pusher.sender import Sender, SenderConfig
@@ -26,6 +26,14 @@ from services.wire.records import OutboxRow, Source, header_texts, ops_event, pa
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
 from services.wire.topics import DEAD_LETTERS, DELTAS
+from upcasters.chain import (
+    InvalidAfterUpcast,
+    MissingUpcaster,
+    UpcasterFailed,
+    Upcasters,
+    check_chain,
+    upcasters,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -45,23 +53,26 @@ class Deltas:
 class Intents:
     """The chunk handler of the pusher group."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, upcasters: Upcasters) -> None:
         self._decoder = decoder
-        self._schema = current("usage_delta")
+        self._upcasters = upcasters
 
     def prepare(self, chunk: Chunk) -> Deltas:
-        """Decode every delta."""
+        """Decode every delta, of whatever released version: older ones wait in the topic at an upgrade."""
         records: dict[int, Record] = {}
         refused: dict[int, Poison] = {}
         for index, raw in enumerate(chunk.records):
             try:
                 schema, record = self._decoder.decode(raw.value or b"")
-                if schema is not self._schema:
-                    raise UnknownSchema("unknown_schema", "not a usage_delta of this release")
-                intent_of(record)  # a time or an amount that no intent can hold is refused here, not in apply
+                if schema.subject != "usage_delta":
+                    raise UnknownSchema("unknown_schema", "not a usage_delta")
+                record = self._upcasters.to_current(schema.subject, schema.version, record)
+                intent_of(record)  # what no intent can hold is refused here, not in apply
                 records[index] = record
             except (OverflowError, ValueError, ArithmeticError) as error:
                 refused[index] = Undecodable("invalid_delta", type(error).__name__)
+            except (MissingUpcaster, UpcasterFailed, InvalidAfterUpcast) as error:
+                refused[index] = Undecodable("upcaster_error", type(error).__name__)
             except Poison as error:
                 refused[index] = error
         return Deltas(chunk, records, refused)
@@ -134,6 +145,8 @@ async def run(settings: Settings, sink: Sink | None = None) -> None:
         Misconfigured: no Stripe key, or a live one that was not allowed.
     """
     check_catalog()
+    chain = upcasters()
+    check_chain(chain)
     sink = sink or StripeSink.from_settings(settings)
     health = Health()
     sender = Sender(settings.postgres(), sink, SenderConfig.from_settings(settings))
@@ -142,7 +155,7 @@ async def run(settings: Settings, sink: Sink | None = None) -> None:
         settings,
         group=GROUP,
         topics=[DELTAS],
-        handler=Intents(decoder_for(settings)),
+        handler=Intents(decoder_for(settings), chain),
         health=health,
         after_apply=sender.wake,
     )

@@ -10,14 +10,18 @@ Two pushers never call for one (customer, event name) at a time, because:
 3. every later write about a claim is fenced by ``attempts``, which each claim raises.
 
 A row ``in_flight`` whose key is free and whose lease is over has no owner, and is taken as in doubt.
+
+Rows are locked in the order that ``journal`` names. A bucket stays open, so that the counters do not close it
+again, until its delta is settled: reported, failed or given back, but not when another identifier replaces
+it. The counters may move a bucket to another period meanwhile; they then rewrite its rows of the journal, so
+what a bucket or a period is written by is read back from the row and never taken from a claim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from decimal import Decimal
 from hashlib import blake2b
 from typing import Any
 
@@ -28,33 +32,42 @@ from services.pusher.intents import (
     Action,
     Answer,
     Claim,
+    Formula,
     Intent,
     Meaning,
     Policy,
     Settlement,
+    Shown,
     State,
     Verdict,
+    expired_because,
     judge,
     next_action,
 )
 from services.pusher.journal import (
     INSERT_INTENTS,
     INTENT_COLUMNS,
+    INTENT_FIELDS,
     OUTBOX_INSERT,
     PRODUCER,
-    TOO_OLD,
+    GiveBack,
+    Returned,
     failure_event,
     intent_values,
     outbox_values,
 )
-from services.wire.errors import Broken, require
+from services.wire.errors import require
 from services.wire.records import OutboxRow
 
 AsyncConnection = psycopg.AsyncConnection[Any]
 Key = tuple[str, str]
 
 #: What a retry can cure: lost connections, restarts, deadlocks, time-outs.
-TRANSIENT_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError)
+TRANSIENT_ERRORS = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.IdleInTransactionSessionTimeout,  # how a process that was stopped finds out
+)
 
 SOURCE = "sync"
 UNCLEAR = "in_doubt_unresolved"
@@ -63,11 +76,31 @@ _SESSION_OPTIONS = (
     "-c lock_timeout=5s -c statement_timeout=60s -c idle_in_transaction_session_timeout=30s -c TimeZone=UTC"
 )
 
-_DUE_KEYS = """
-    SELECT stripe_customer, event_name FROM meter_events
-    WHERE state IN ('pending', 'in_flight', 'in_doubt') AND next_attempt_at <= %s
-    GROUP BY stripe_customer, event_name ORDER BY min(period_end), min(hour_start) LIMIT %s
+#: Nothing new of a customer, meter and hour leaves while something of it is in doubt.
+_NOT_BLOCKED = """
+    (m.state <> 'pending' OR NOT EXISTS (
+        SELECT FROM meter_events doubted
+        WHERE doubted.stripe_customer = m.stripe_customer AND doubted.event_name = m.event_name
+            AND doubted.hour_start = m.hour_start AND doubted.state = 'in_doubt'))
     """
+_URGENCY = "coalesce(m.push_before, m.period_end), m.hour_start, m.created_at"
+
+#: Keys whose first intent is due: many that only have others due would keep the rest out of the window.
+_DUE_KEYS = f"""
+    WITH due AS (
+        SELECT stripe_customer, event_name, min(ARRAY[{_URGENCY}]) AS urgency FROM meter_events m
+        WHERE m.state IN ('pending', 'in_flight', 'in_doubt') AND m.next_attempt_at <= %(now)s
+            AND {_NOT_BLOCKED}
+        GROUP BY stripe_customer, event_name
+    )
+    SELECT stripe_customer, event_name FROM due
+    WHERE NOT EXISTS (
+        SELECT FROM meter_events m
+        WHERE m.stripe_customer = due.stripe_customer AND m.event_name = due.event_name
+            AND m.state IN ('pending', 'in_flight') AND m.next_attempt_at > %(now)s
+            AND (m.state = 'in_flight' OR ARRAY[{_URGENCY}] < due.urgency) AND {_NOT_BLOCKED})
+    ORDER BY urgency LIMIT %(limit)s
+    """  # noqa: S608  constants only
 
 _HEADS = f"""
     WITH heads AS MATERIALIZED (
@@ -78,11 +111,8 @@ _HEADS = f"""
             WHERE m.stripe_customer = key.stripe_customer AND m.event_name = key.event_name
                 AND m.state IN ('pending', 'in_flight', 'in_doubt')
                 AND NOT (m.state = 'in_doubt' AND m.next_attempt_at > %(now)s)
-                AND (m.state <> 'pending' OR NOT EXISTS (
-                    SELECT FROM meter_events doubted
-                    WHERE doubted.stripe_customer = m.stripe_customer AND doubted.event_name = m.event_name
-                        AND doubted.hour_start = m.hour_start AND doubted.state = 'in_doubt'))
-            ORDER BY m.state <> 'in_flight', m.period_end, m.hour_start, m.created_at, m.identifier
+                AND {_NOT_BLOCKED}
+            ORDER BY m.state <> 'in_flight', {_URGENCY}, m.identifier
             LIMIT 1
         ) head
         WHERE head.next_attempt_at <= %(now)s
@@ -103,7 +133,7 @@ _MARK = """
 _SETTLE = """
     UPDATE meter_events m
     SET state = a.state, first_sent_at = a.first_sent_at, next_attempt_at = a.next_attempt_at,
-        settled_at = CASE WHEN a.state IN ('reported', 'failed') THEN %s::timestamptz END,
+        settled_at = CASE WHEN a.state IN ('reported', 'failed', 'cancelled') THEN %s::timestamptz END,
         error_code = a.error_code, http_status = a.http_status,
         request_id = coalesce(a.request_id, m.request_id)
     FROM unnest(
@@ -114,23 +144,26 @@ _SETTLE = """
         error_code, http_status, request_id
     )
     WHERE m.identifier = a.identifier AND m.attempts = a.attempts AND m.state = a.from_state
-    RETURNING m.identifier, m.item_id, m.period_start, m.state
+    RETURNING m.identifier, m.state, m.item_id, m.hour_start, m.period_start, m.amount, m.formula
     """
 
-_CLOSE_DELTAS = """
+_FREE_BUCKETS = """
     WITH settled AS (
-        SELECT item_id, period_start, count(*) AS deltas
-        FROM unnest(%s::uuid[], %s::timestamptz[]) AS a (item_id, period_start) GROUP BY item_id, period_start
+        SELECT DISTINCT item_id, hour_start, period_start
+        FROM unnest(%s::uuid[], %s::timestamptz[], %s::timestamptz[]) AS a (item_id, hour_start, period_start)
     ), held AS (
-        SELECT item_id, period_start, deltas FROM item_periods JOIN settled USING (item_id, period_start)
-        ORDER BY item_id, period_start FOR UPDATE OF item_periods
+        SELECT item_id, hour_start, period_start FROM buckets
+        JOIN settled USING (item_id, hour_start, period_start)
+        ORDER BY item_id, hour_start, period_start FOR UPDATE OF buckets
     )
-    UPDATE item_periods p SET open_deltas = p.open_deltas - held.deltas
-    FROM held WHERE p.item_id = held.item_id AND p.period_start = held.period_start
+    UPDATE buckets b SET open = false
+    FROM held
+    WHERE (b.item_id, b.hour_start, b.period_start) = (held.item_id, held.hour_start, held.period_start)
+        AND b.open
     """
 
-_STORED_CODE = """
-    SELECT coalesce(error_code, '') FROM meter_events
+_STORED = """
+    SELECT coalesce(error_code, ''), period_start, period_end, push_before FROM meter_events
     WHERE identifier = %s AND attempts = %s AND state = 'in_doubt' FOR UPDATE
     """
 
@@ -139,6 +172,9 @@ _HOUR = """
         (SELECT coalesce(sum(amount), 0) FROM meter_events
          WHERE stripe_customer = %(customer)s AND event_name = %(event_name)s AND hour_start = %(hour)s
             AND state = 'reported'),
+        (SELECT count(*) FROM meter_events
+         WHERE stripe_customer = %(customer)s AND event_name = %(event_name)s AND hour_start = %(hour)s
+            AND state = 'reported' AND amount = %(amount)s),
         (SELECT count(*) FROM meter_events
          WHERE stripe_customer = %(customer)s AND event_name = %(event_name)s AND hour_start = %(hour)s
             AND state IN ('in_flight', 'in_doubt') AND identifier <> %(identifier)s)
@@ -185,8 +221,8 @@ def lock_id(key: Key) -> int:
 
 
 async def due_keys(session: AsyncConnection, now: datetime, limit: int) -> list[Key]:
-    """Keys with something due, nearest end of period first."""
-    cursor = await session.execute(_DUE_KEYS, (now, limit))
+    """Keys whose first intent is due, nearest deadline first."""
+    cursor = await session.execute(_DUE_KEYS, {"now": now, "limit": limit})
     return [(customer, event_name) for customer, event_name in await cursor.fetchall()]
 
 
@@ -222,8 +258,11 @@ async def claim(
 ) -> tuple[list[Claim], int]:
     """Take the first due intent of each key, and commit that it is taken.
 
-    The keys must be locked by ``session``. Returns the claims to act on, nearest end of period
-    first, and how many ops events were written.
+    The keys must be locked by ``session``. Returns the claims to act on, nearest deadline first, and how many
+    needed no action by the caller: what comes too late was given back to the counters, what must wait waits.
+
+    Raises:
+        Broken: as :func:`settle`, or an amount cannot be given back.
     """
     async with session.transaction():
         cursor = await session.execute(
@@ -242,26 +281,35 @@ async def claim(
                 [c.doubted_from for c in claims],
             ),
         )
-        expired = [_expired(c) for c in claims if c.action is Action.EXPIRE]
+        expired = [_expired(c, policy) for c in claims if c.action is Action.EXPIRE]
         waiting = [_waiting(c, policy) for c in claims if c.action is Action.WAIT]
-        events = await _write(session, expired + waiting, now)
+        await _write(session, expired + waiting, now)
     taken = [c for c in claims if c.action in (Action.SEND, Action.LOOK, Action.ASK)]
-    return sorted(taken, key=lambda c: (c.intent.period_end, c.intent.hour_start)), events
+    taken.sort(key=lambda c: (c.intent.deadline, c.intent.hour_start))
+    return taken, len(claims) - len(taken)
 
 
 def _claim_of(row: tuple[Any, ...], now: datetime, policy: Policy) -> Claim:
     *fields, state, attempts, doubted_since, error_code = row
-    fields[1] = fields[1].hex
+    item_id, formula = INTENT_FIELDS.index("item_id"), INTENT_FIELDS.index("formula")
+    fields[item_id], fields[formula] = fields[item_id].hex, Formula(fields[formula])
     intent = Intent(*fields)
     require((state == State.PENDING) == (doubted_since is None), f"first_sent_at does not fit state {state}")
     action = next_action(
-        doubted_since=doubted_since, event_at=intent.event_at, attempts=attempts, now=now, policy=policy
+        doubted_since=doubted_since,
+        event_at=intent.event_at,
+        push_before=intent.push_before,
+        attempts=attempts,
+        now=now,
+        policy=policy,
     )
     return Claim(intent, action, attempts + 1, doubted_since, error_code, now)
 
 
-def _expired(claim: Claim) -> Settlement:
-    return Settlement(claim, State.FAILED, None, claim.claimed_at, Answer(Meaning.REFUSED, TOO_OLD))
+def _expired(claim: Claim, policy: Policy) -> Settlement:
+    intent, now = claim.intent, claim.claimed_at
+    code = expired_because(event_at=intent.event_at, push_before=intent.push_before, now=now, policy=policy)
+    return Settlement(claim, State.CANCELLED, None, now, Answer(Meaning.NOT_SENT, code))
 
 
 def _waiting(claim: Claim, policy: Policy) -> Settlement:
@@ -279,7 +327,7 @@ async def settle(session: AsyncConnection, settlements: Sequence[Settlement], no
     Writing the same settlements again, because a commit was not acknowledged, changes nothing.
 
     Raises:
-        Broken: an item period is missing, or has fewer open deltas than were settled.
+        Broken: the bucket of a settled intent is missing or was not open.
     """
     async with session.transaction():
         return await _write(session, settlements, now)
@@ -292,6 +340,8 @@ async def _write(session: AsyncConnection, settlements: Sequence[Settlement], no
     for s in ordered:
         source = s.claim.from_state
         require(s.state in TRANSITIONS[source], f"{source} → {s.state} is no transition")
+        expired = s.claim.action is Action.EXPIRE
+        require((s.state is State.CANCELLED) == expired, "only what expired is given back")
     cursor = await session.execute(
         _SETTLE,
         (
@@ -307,25 +357,44 @@ async def _write(session: AsyncConnection, settlements: Sequence[Settlement], no
             [s.answer.request_id for s in ordered],
         ),
     )
-    written = await cursor.fetchall()
-    closed = [(row[1], row[2]) for row in written if row[3] in (State.REPORTED, State.FAILED)]
-    await _close_deltas(session, closed)
+    settled = [
+        (identifier, state, Returned(*rest))
+        for identifier, state, *rest in await cursor.fetchall()
+        if state in (State.REPORTED, State.FAILED, State.CANCELLED)
+    ]
+    # A claim only gives back and an answer only settles, so buckets are locked once, and behind their items.
+    await _give_back(session, [place for _, state, place in settled if state == State.CANCELLED])
+    await _free_buckets(session, [place for _, _, place in settled])
     by_identifier = {s.claim.intent.identifier: s for s in ordered}
-    failed = [by_identifier[row[0]] for row in written if row[3] == State.FAILED]
+    failed = [by_identifier[identifier] for identifier, state, _ in settled if state == State.FAILED]
     return await _write_outbox(
         session, [_failure(s.claim.intent, s.answer.code or "refused", now) for s in failed]
     )
 
 
-async def _close_deltas(session: AsyncConnection, settled: Sequence[tuple[Any, datetime]]) -> None:
-    if not settled:
-        return
-    try:
-        cursor = await session.execute(_CLOSE_DELTAS, ([s[0] for s in settled], [s[1] for s in settled]))
-    except psycopg.errors.CheckViolation as error:
-        raise Broken("more deltas were settled than the item period has open") from error
-    if cursor.rowcount != len(set(settled)):
-        raise Broken("an intent was settled whose item period does not exist")
+async def _give_back(session: AsyncConnection, amounts: Sequence[Returned]) -> None:
+    if amounts:
+        back = GiveBack(amounts)
+        returned = [
+            await (await session.execute(statement, back.values)).fetchall()
+            for statement in GiveBack.STATEMENTS
+        ]
+        back.check(*returned)
+
+
+async def _free_buckets(session: AsyncConnection, settled: Sequence[Returned]) -> None:
+    """Let the counters close these buckets again. One delta of a bucket is open at a time, so two settled at
+    once are as wrong as one that the bucket does not know of."""
+    if settled:
+        cursor = await session.execute(
+            _FREE_BUCKETS,
+            (
+                [one.item_id for one in settled],
+                [one.hour_start for one in settled],
+                [one.period_start for one in settled],
+            ),
+        )
+        require(cursor.rowcount == len(settled), "an intent was settled whose bucket is missing or not open")
 
 
 def _failure(intent: Intent, code: str, now: datetime) -> OutboxRow:
@@ -343,7 +412,7 @@ async def _write_outbox(session: AsyncConnection, rows: Sequence[OutboxRow]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What reading the sink's total led to. No verdict: the claim was not ours any more."""
+    """What reading the sink led to. No verdict: the claim was not ours any more."""
 
     verdict: Verdict | None
     events: int
@@ -352,13 +421,13 @@ class Resolved:
 async def resolve(
     session: AsyncConnection,
     claim: Claim,
-    total: Decimal | None,
+    shown: Shown | None,
     *,
     now: datetime,
     chance: float,
     policy: Policy,
 ) -> Resolved:
-    """Settle a doubted intent by the sink's total for its hour, or leave it in doubt.
+    """Settle a doubted intent by what the sink shows of its hour, or leave it in doubt.
 
     Inside one transaction: applied → reported; not applied → cancelled, with a replacement under another
     identifier, once; neither → in doubt, with one ops event after a while. While an intent is in doubt
@@ -370,7 +439,7 @@ async def resolve(
     """
     intent = claim.intent
     async with session.transaction():
-        cursor = await session.execute(_STORED_CODE, (intent.identifier, claim.attempts))
+        cursor = await session.execute(_STORED, (intent.identifier, claim.attempts))
         stored = await cursor.fetchone()
         if stored is None:
             return Resolved(None, 0)
@@ -381,20 +450,30 @@ async def resolve(
                 "event_name": intent.event_name,
                 "hour": intent.hour_start,
                 "identifier": intent.identifier,
+                "amount": intent.amount,
             },
         )
         row = await cursor.fetchone()
         require(row is not None, "an aggregate without a row")
-        reported, others_doubted = row  # type: ignore[misc]
-        verdict = judge(total, reported=reported, amount=intent.amount)
-        if others_doubted and verdict is not Verdict.UNREADABLE:
+        reported, same_reported, others_doubted = row  # type: ignore[misc]
+        verdict = judge(shown, reported=reported, amount=intent.amount, formula=intent.formula)
+        # Summaries lag: a value that the hour also had earlier proves nothing before it is time to ask.
+        stale = intent.formula is Formula.LAST and claim.action is Action.LOOK and same_reported
+        if (others_doubted or stale) and verdict is not Verdict.UNREADABLE:
             verdict = Verdict.UNCLEAR
         if verdict is Verdict.APPLIED:
             answer = Answer(Meaning.ALREADY_DELIVERED, "applied_by_summary")
             settlement = Settlement(claim, State.REPORTED, claim.doubted_since, now, answer)
             return Resolved(verdict, await _write(session, [settlement], now))
         if verdict is Verdict.NOT_APPLIED and claim.action is Action.ASK and intent.replaces is None:
-            await _replace(session, claim, now, policy)
+            period_start, period_end, push_before = stored[1:]
+            successor = replace(
+                intent.replacement(),
+                period_start=period_start,
+                period_end=period_end,
+                push_before=push_before,
+            )
+            await _replace(session, claim, successor, now, policy)
             return Resolved(verdict, 0)
         stuck = is_stuck(claim, verdict, now, policy)
         code = UNCLEAR if stuck else claim.error_code
@@ -406,11 +485,13 @@ async def resolve(
         return Resolved(verdict, await _write_outbox(session, told))
 
 
-async def _replace(session: AsyncConnection, claim: Claim, now: datetime, policy: Policy) -> None:
+async def _replace(
+    session: AsyncConnection, claim: Claim, successor: Intent, now: datetime, policy: Policy
+) -> None:
     """The old identifier is never sent again; the delta stays open under the new one."""
     cursor = await session.execute(_CANCEL, (now, claim.intent.identifier, claim.attempts))
     if cursor.rowcount == 1:
-        cursor = await session.execute(INSERT_INTENTS, intent_values([claim.intent.replacement()], policy))
+        cursor = await session.execute(INSERT_INTENTS, intent_values([successor], policy))
         require(cursor.rowcount == 1, "an intent was replaced twice")
 
 

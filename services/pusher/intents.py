@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, Inexact
 from enum import StrEnum
@@ -23,6 +23,17 @@ AMOUNT_SCALE = 9
 _EXACT = Context(prec=60, traps=[Inexact])
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+
+#: Why an intent that was never sent is given back to the counters.
+TOO_OLD = "too_old_for_stripe"
+PERIOD_CLOSED = "period_closed"
+
+
+class Formula(StrEnum):
+    """How the sink's meter aggregates what it is sent, as stored."""
+
+    SUM = "sum"  # amounts are changes
+    LAST = "last"  # amounts are values; of an hour's the one with the latest time stays
 
 
 class State(StrEnum):
@@ -38,11 +49,12 @@ class State(StrEnum):
 
 OPEN = frozenset({State.PENDING, State.IN_FLIGHT, State.IN_DOUBT})
 
-#: Every step the sender may take. Two more belong to others: a late error report turns reported into failed,
-#: and an operator's release turns failed into cancelled.
+#: Every step the sender may take; from pending to cancelled goes what was never sent and comes too late. Two
+#: more belong to others: a late error report turns reported into failed, and an operator's release turns
+#: failed into cancelled.
 TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
-        State.PENDING: frozenset({State.IN_FLIGHT, State.FAILED}),
+        State.PENDING: frozenset({State.IN_FLIGHT, State.CANCELLED}),
         State.IN_FLIGHT: frozenset(
             {State.PENDING, State.IN_DOUBT, State.REPORTED, State.FAILED, State.IN_FLIGHT}
         ),
@@ -149,15 +161,35 @@ class Action(StrEnum):
     LOOK = "look"  # read the sink's total: applied, or still in doubt
     ASK = "ask"  # read the sink's total: applied, or not applied; nothing may be sent before
     WAIT = "wait"  # too old to send again, too young to ask
-    EXPIRE = "expire"  # the sink no longer takes its timestamp, and it was never sent
+    EXPIRE = "expire"  # it comes too late, and no call for it can have had an effect: give its amount back
+
+
+def expired_because(
+    *, event_at: datetime, push_before: datetime | None, now: datetime, policy: Policy
+) -> str | None:
+    """Why a first call comes too late, as a code: the sink no longer takes the timestamp, or the period's
+    invoice no longer takes the usage."""
+    if now - event_at > policy.past_max:
+        return TOO_OLD
+    return PERIOD_CLOSED if push_before is not None and now >= push_before else None
 
 
 def next_action(
-    *, doubted_since: datetime | None, event_at: datetime, attempts: int, now: datetime, policy: Policy
+    *,
+    doubted_since: datetime | None,
+    event_at: datetime,
+    push_before: datetime | None,
+    attempts: int,
+    now: datetime,
+    policy: Policy,
 ) -> Action:
-    """The only place that decides whether an identifier may leave (again)."""
+    """The only place that decides whether an identifier may leave (again).
+
+    What may have been applied is never given up for being late: only proof settles it.
+    """
     if doubted_since is None:
-        return Action.EXPIRE if now - event_at > policy.past_max else Action.SEND
+        late = expired_because(event_at=event_at, push_before=push_before, now=now, policy=policy)
+        return Action.SEND if late is None else Action.EXPIRE
     age = now - doubted_since
     if age >= policy.ask_after:
         return Action.ASK
@@ -168,8 +200,15 @@ def next_action(
     return Action.SEND
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the sink shows of one customer, meter and hour. No value: it shows no usage, which is not 0."""
+
+    value: Decimal | None
+
+
 class Verdict(StrEnum):
-    """What the sink's total for the hour says about a doubted intent."""
+    """What the sink shows of the hour says about a doubted intent."""
 
     APPLIED = "applied"
     NOT_APPLIED = "not_applied"
@@ -177,19 +216,31 @@ class Verdict(StrEnum):
     UNREADABLE = "unreadable"
 
 
-def judge(total: Decimal | None, *, reported: Decimal, amount: Decimal) -> Verdict:
-    """Compare the sink's total with the journal's sum of the same customer, meter and hour.
+def judge(
+    shown: Shown | None, *, reported: Decimal, amount: Decimal, formula: Formula = Formula.SUM
+) -> Verdict:
+    """Compare what the sink shows with the journal's sum of the same customer, meter and hour.
 
-    The sink adds in doubles, so equality allows their rounding, unless the amount itself is that small.
+    The sink adds in doubles, so equality allows their rounding, unless the amount itself is that small. With
+    formula ``last`` the hour's value either is the amount, and sending it again would change nothing, or it
+    is not.
     """
-    if total is None:
+    if shown is None:
         return Verdict.UNREADABLE
-    tolerance = max(Decimal(1).scaleb(-AMOUNT_SCALE) / 2, abs(reported + amount) * Decimal("1e-13"))
+    if formula is Formula.LAST:
+        applied = shown.value is not None and abs(shown.value - amount) <= _tolerance(amount)
+        return Verdict.APPLIED if applied else Verdict.NOT_APPLIED
+    total = shown.value or Decimal(0)
+    tolerance = _tolerance(reported + amount)
     if abs(amount) <= 2 * tolerance:
         return Verdict.UNCLEAR
     if abs(total - (reported + amount)) <= tolerance:
         return Verdict.APPLIED
     return Verdict.NOT_APPLIED if abs(total - reported) <= tolerance else Verdict.UNCLEAR
+
+
+def _tolerance(expected: Decimal) -> Decimal:
+    return max(Decimal(1).scaleb(-AMOUNT_SCALE) / 2, abs(expected) * Decimal("1e-13"))
 
 
 def full_jitter(attempts: int, chance: float, *, base_seconds: float, cap_seconds: float) -> float:
@@ -216,6 +267,18 @@ class Intent:
     amount: Decimal
     event_at: datetime
     replaces: str | None = None
+    #: By name; read-only. Beside customer and value in what is sent.
+    dimensions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    formula: Formula = Formula.SUM
+    push_before: datetime | None = None  # a first call from here on comes too late for the period's invoice
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dimensions", MappingProxyType(dict(self.dimensions)))
+
+    @property
+    def deadline(self) -> datetime:
+        """The order of sending: the last moment for the invoice, else the end of the period."""
+        return self.push_before or self.period_end
 
     @property
     def key(self) -> tuple[str, str]:
@@ -240,8 +303,16 @@ def instant(micros: int) -> datetime:
 
 
 def intent_of(delta: Record) -> Intent:
-    """The intent of one decoded ``usage_delta``."""
+    """The intent of one decoded ``usage_delta`` of the current version.
+
+    Raises:
+        ArithmeticError, ValueError: a time, an amount or a dimension that no intent can hold.
+    """
     units = int.from_bytes(delta["amount"], "big", signed=True)
+    dimensions: Mapping[str, str] = delta["dimensions"]
+    if any("\x00" in text for pair in dimensions.items() for text in pair):
+        raise ValueError("NUL in a dimension; the journal cannot hold it")
+    push_before = delta["push_before"]
     return Intent(
         identifier=delta["identifier"],
         item_id=delta["item_id"].hex(),
@@ -256,6 +327,9 @@ def intent_of(delta: Record) -> Intent:
         value_payload_key=delta["value_payload_key"],
         amount=Decimal(units).scaleb(-AMOUNT_SCALE, _EXACT),
         event_at=instant(delta["event_at"]),
+        dimensions=dimensions,
+        formula=Formula(delta["formula"]),
+        push_before=None if push_before is None else instant(push_before),
     )
 
 

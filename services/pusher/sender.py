@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 
 import structlog
 from aiolimiter import AsyncLimiter
@@ -35,6 +34,7 @@ from services.pusher.intents import (
     Claim,
     Meaning,
     Policy,
+    Shown,
     State,
     Verdict,
     full_jitter,
@@ -49,9 +49,11 @@ from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-#: Keys read ahead from the journal, in order of urgency, and for how long that order is trusted.
+#: Keys read ahead from the journal, in order of urgency, and for how long that order is trusted: longer when
+#: the backlog is so deep that reading it takes a good part of that time.
 WINDOW_KEYS_MAX = 2000
 WINDOW_SECONDS = 1.0
+WINDOW_READING_SHARE = 0.2
 #: A claim that waits longer than this for its call is given back: its lock may be gone.
 FRESH_SECONDS = 5.0
 #: What a call may take beyond the sink's own time limit.
@@ -115,8 +117,8 @@ class _Held:
     taken_at: float  # monotonic seconds
 
 
-#: The answer to a call, the sink's total, or the reason why nothing was done.
-_Outcome = Answer | Decimal | None | str
+#: The answer to a call, what the sink shows (None: unreadable), or the reason why nothing was done.
+_Outcome = Answer | Shown | None | str
 
 
 def utc_now() -> datetime:
@@ -166,7 +168,7 @@ class Sender:
         self._busy: set[Key] = set()
         self._to_release: list[Key] = []
         self._window: deque[Key] = deque()
-        self._window_read_at = 0.0
+        self._window_until = -math.inf
         self._sink_reachable: bool | None = None
         self._waiting_for: str | None = None
         self._counts: dict[str, int] = {}
@@ -259,7 +261,7 @@ class Sender:
                     await asyncio.wait_for(self._wake.wait(), self.config.poll_seconds)
 
     async def _claim_round(self) -> int:
-        """Release what is settled, claim what is due, hand it to the callers; returns how much that was."""
+        """Release what is settled, claim what is due, hand it to the callers; returns how much was due."""
         session = await self._connected()
         released, self._to_release = self._to_release, []
         await delivery.unlock(session, released)
@@ -268,7 +270,7 @@ class Sender:
         if not keys:
             return 0
         locked = await delivery.try_lock(session, keys)
-        claims, events = await delivery.claim(
+        claims, done = await delivery.claim(
             session, locked, now=self._clock(), lease=self.config.lease, policy=self.config.policy
         )
         fault_point("pusher.in_flight_committed")
@@ -277,19 +279,18 @@ class Sender:
         for claim in claims:
             self._claims.put_nowait(_Held(claim, self._session_number, time.monotonic()))
         await delivery.unlock(session, [key for key in locked if key not in taken])
-        if events:
-            self._on_outbox()
-        return len(claims)
+        return len(claims) + done
 
     async def _next_keys(self, session: AsyncConnection) -> list[Key]:
-        """The most urgent keys there is room for, read ahead for a second."""
+        """The most urgent keys there is room for."""
         room = self._room()
         if room <= 0:
             return []
-        now = time.monotonic()
-        if not self._window or now - self._window_read_at > WINDOW_SECONDS:
+        started = time.monotonic()
+        if not self._window or started > self._window_until:
             self._window = deque(await delivery.due_keys(session, self._clock(), WINDOW_KEYS_MAX))
-            self._window_read_at = now
+            now = time.monotonic()
+            self._window_until = now + max(WINDOW_SECONDS, (now - started) / WINDOW_READING_SHARE)
         keys: list[Key] = []
         while self._window and len(keys) < room:
             key = self._window.popleft()
@@ -341,7 +342,7 @@ class Sender:
 
     async def _call(self, claim: Claim) -> _Outcome:
         if claim.action is not Action.SEND:
-            return await self._sink.applied_total(claim.intent)
+            return await self._sink.shown(claim.intent)
         started = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.call_timeout_seconds + GRACE_SECONDS):
@@ -416,7 +417,7 @@ class Sender:
         if settlements:
             events += await delivery.settle(session, settlements, now)
         for held, outcome in batch:
-            if outcome is None or isinstance(outcome, Decimal):
+            if outcome is None or isinstance(outcome, Shown):
                 resolved = await delivery.resolve(
                     session, held.claim, outcome, now=now, chance=self._chance(), policy=policy
                 )

@@ -252,6 +252,11 @@ class MeterEvents:
             value=value,
             timestamp=request.timestamp,
             visible_at=self._visible_at(origin.received_at),
+            dimensions={
+                name: text
+                for name, text in request.payload.items()
+                if name not in (meter.customer_key, meter.value_key)
+            },
         )
         self._ledger.append(event, origin)
         self._observations.happened("applied")

@@ -6,7 +6,8 @@ and round; nothing here does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 
@@ -36,6 +37,7 @@ class Applied:
     value: Decimal
     timestamp: int
     visible_at: float
+    dimensions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,10 @@ class Row:
     idempotency_key: str | None
     request_id: str
     cancelled_at: float | None
+    dimensions: str | None = None  # what the payload carried beside customer and value, as JSON
 
     def to_json(self) -> Json:
-        return asdict(self)
+        return asdict(self) | {"dimensions": json.loads(self.dimensions or "{}")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,11 @@ class Ledger:
                 origin.request_id,
             ),
         )
+        if event.dimensions:
+            self._store.write(
+                "INSERT INTO ledger_dimensions SELECT max(sequence), ? FROM ledger",
+                (json.dumps(dict(event.dimensions)),),
+            )
 
     def report(self, error: AsyncError, origin: Origin) -> None:
         self._store.write(
@@ -171,7 +179,8 @@ class Ledger:
 
     def rows(self, customer: str | None, event_name: str | None, after: int, limit: int) -> list[Row]:
         rows = self._store.read(
-            "SELECT * FROM ledger_rows WHERE (:customer IS NULL OR customer = :customer)"
+            "SELECT ledger_rows.*, dimensions FROM ledger_rows LEFT JOIN ledger_dimensions USING (sequence)"
+            " WHERE (:customer IS NULL OR customer = :customer)"
             " AND (:event_name IS NULL OR event_name = :event_name)"
             " AND sequence > :after ORDER BY sequence LIMIT :limit",
             {"customer": customer, "event_name": event_name, "after": after, "limit": limit},

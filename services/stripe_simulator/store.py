@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS ledger (
 );
 CREATE INDEX IF NOT EXISTS ledger_by_identifier ON ledger (identifier);
 CREATE INDEX IF NOT EXISTS ledger_by_usage ON ledger (meter, customer, timestamp);
+CREATE TABLE IF NOT EXISTS ledger_dimensions (sequence INTEGER PRIMARY KEY, dimensions TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS error_reports (
     sequence INTEGER PRIMARY KEY, code TEXT NOT NULL, message TEXT NOT NULL, identifier TEXT NOT NULL,
     event_name TEXT NOT NULL, customer TEXT, received_at REAL NOT NULL, request_id TEXT NOT NULL
@@ -69,6 +70,7 @@ TABLES = (
     "customers",
     "meters",
     "ledger",
+    "ledger_dimensions",
     "error_reports",
     "identifier_uses",
     "identifier_conflicts",

@@ -60,6 +60,8 @@ class Encoder:
         else:
             self.prefix = CONFLUENT_MAGIC + confluent_id.to_bytes(4, "big")
         self.headers: list[tuple[str, bytes]] = [(SCHEMA_HEADER, schema.name.encode())]
+        #: The same for the outbox, which keeps headers as text.
+        self.header_texts: dict[str, str] = {SCHEMA_HEADER: schema.name}
 
     def encode(self, record: Record) -> bytes:
         """``record`` framed."""

@@ -109,6 +109,13 @@ class Settings(BaseSettings):
         1.0, gt=0, le=86_400, description="Pause between two rounds of closing."
     )
 
+    invoice_grace_seconds: float = Field(
+        3600.0, ge=0, le=259_200, description="From a period's end to the moment its invoice is final."
+    )
+    close_margin_seconds: float = Field(
+        300.0, ge=0, le=86_400, description="No push of a period begins this close to its final invoice."
+    )
+
     stripe_api_key: SecretStr | None = Field(None, description="Restricted Stripe key for meter events.")
     stripe_api_base: str | None = Field(
         None, description="Base address of the Stripe API; unset for Stripe's own."

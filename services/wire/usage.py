@@ -295,6 +295,7 @@ _encode_json = msgspec.json.Encoder().encode
 _EVENT_ID = blake2b(digest_size=16, person=b"tidemeter.event")
 _ITEM_ID = blake2b(digest_size=16, person=b"tidemeter.item")
 _CONTENT = blake2b(digest_size=8, person=b"tidemeter.body")
+_VALUE = blake2b(digest_size=16, person=b"tidemeter.value")
 
 
 def record_key(tenant_id: str, customer_ref: str, meter: str) -> bytes:
@@ -309,11 +310,20 @@ def event_id_hash(tenant_id: str, idempotency_key: str) -> bytes:
     return state.digest()
 
 
-def item_id_hash(tenant_id: str, customer_ref: str, meter: str) -> bytes:
-    """16 bytes that stand for a metered item."""
+def item_id_hash(tenant_id: str, customer_ref: str, meter: str, *dimensions: str) -> bytes:
+    """16 bytes that stand for a metered item; ``dimensions`` are the values that split it, in their order."""
     state = _ITEM_ID.copy()
     state.update(f"{len(tenant_id)}:{tenant_id}{len(customer_ref)}:{customer_ref}{meter}".encode())
+    for value in dimensions:
+        state.update(f"\x00{len(value)}:{value}".encode())  # no name of a meter holds a NUL
     return state.digest()
+
+
+def value_hash(text: str) -> int:
+    """Unsigned 128-bit hash that stands for a value of a meter that counts distinct ones."""
+    state = _VALUE.copy()
+    state.update(text.encode())
+    return int.from_bytes(state.digest(), "big")
 
 
 def content_digest(record: Record) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Protocol
 
-from services.pusher.intents import Answer, Intent
+from services.pusher.intents import Answer, Intent, Shown
 
 
 class Sink(Protocol):
-    """A billing system that takes signed amounts under an identifier."""
+    """A billing system that takes amounts under an identifier: signed changes, or values (``Formula``)."""
 
     async def send(self, intent: Intent) -> Answer:
         """Make one call, without retries of its own, and say what it meant.
@@ -17,11 +16,11 @@ class Sink(Protocol):
         Never raises for anything the outside does: whatever is not proof is ``Meaning.UNKNOWN``.
         """
 
-    async def applied_total(self, intent: Intent) -> Decimal | None:
-        """The sink's own sum for the intent's customer, meter and hour; None when it cannot be known.
+    async def shown(self, intent: Intent) -> Shown | None:
+        """The sink's own aggregate of the intent's customer, meter and hour; None when it cannot be known.
 
-        Never raises for anything the outside does. No usage is 0; no answer, half an answer, or a meter that
-        does not add up is None.
+        Never raises for anything the outside does. No answer, half an answer, or a meter of another formula
+        than the intent's is None.
         """
 
     async def close(self) -> None:

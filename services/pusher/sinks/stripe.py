@@ -18,7 +18,7 @@ import aiohttp
 import stripe
 import structlog
 
-from services.pusher.intents import HOUR, Answer, Intent, Meaning, plain_decimal
+from services.pusher.intents import HOUR, Answer, Formula, Intent, Meaning, Shown, plain_decimal
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -45,7 +45,7 @@ class StripeSink:
         self._connections_max = connections_max
         self._http: aiohttp.ClientSession | None = None
         self._client: stripe.StripeClient | None = None
-        self._meter_ids: dict[str, str] = {}
+        self._meter_ids: dict[tuple[str, Formula], str] = {}
 
     @classmethod
     def from_settings(cls, settings: Settings) -> StripeSink:
@@ -66,6 +66,8 @@ class StripeSink:
         value = plain_decimal(intent.amount)
         if len(value.lstrip("-").replace(".", "").lstrip("0")) > DIGITS_MAX:
             return Answer(Meaning.REFUSED, "meter_event_value_too_many_digits")
+        if intent.dimensions.keys() & {intent.customer_payload_key, intent.value_payload_key}:
+            return Answer(Meaning.REFUSED, "dimension_is_payload_key")
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 event = await self._connected().v1.billing.meter_events.create_async(
@@ -74,6 +76,7 @@ class StripeSink:
                         "identifier": intent.identifier,
                         "timestamp": int(intent.event_at.timestamp()),
                         "payload": {
+                            **intent.dimensions,
                             intent.customer_payload_key: intent.stripe_customer,
                             intent.value_payload_key: value,
                         },
@@ -86,11 +89,11 @@ class StripeSink:
         except Exception as error:
             return answer_of(error, intent.identifier)
 
-    async def applied_total(self, intent: Intent) -> Decimal | None:
-        """The hour's meter event summary."""
+    async def shown(self, intent: Intent) -> Shown | None:
+        """The hour's meter event summary; Stripe leaves out hours without usage."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                meter_id = await self._meter_id(intent.event_name)
+                meter_id = await self._meter_id(intent.event_name, intent.formula)
                 if meter_id is None:
                     return None
                 start = int(intent.hour_start.timestamp())
@@ -104,8 +107,13 @@ class StripeSink:
                     },
                 )
                 hours = [summary async for summary in page.auto_paging_iter()]
-            total = sum((Decimal(repr(hour.aggregated_value)) for hour in hours), Decimal(0))
-            return total if total.is_finite() else None
+            values = [Decimal(repr(hour.aggregated_value)) for hour in hours]
+            if not values:
+                return Shown(None)
+            if intent.formula is Formula.LAST and len(values) > 1:
+                return None
+            total = sum(values, Decimal(0))
+            return Shown(total) if total.is_finite() else None
         except Exception as error:
             log.warning("summary not read", error=error)
             return None
@@ -132,19 +140,25 @@ class StripeSink:
             )
         return self._client
 
-    async def _meter_id(self, event_name: str) -> str | None:
-        """Id of the meter, if it is one whose summaries add up what was sent."""
-        if event_name not in self._meter_ids:
+    async def _meter_id(self, event_name: str, formula: Formula) -> str | None:
+        """Id of the meter, if its summaries aggregate what was sent, all of it, by this formula."""
+        if (event_name, formula) not in self._meter_ids:
             page = await self._connected().v1.billing.meters.list_async({"limit": 100})
-            seen = 0
+            seen, chosen = 0, None
             async for meter in page.auto_paging_iter():
                 seen += 1
                 if seen > METERS_MAX:
                     return None
-                adds_up = meter.default_aggregation.formula == "sum" and meter.event_time_window is None
-                if meter.event_name == event_name and adds_up:
-                    self._meter_ids[event_name] = meter.id
-        return self._meter_ids.get(event_name)
+                # One active meter has the name; archived ones may share it.
+                if meter.event_name == event_name and (chosen is None or meter.status == "active"):
+                    chosen = meter
+            if (
+                chosen is not None
+                and chosen.default_aggregation.formula == formula
+                and chosen.event_time_window is None
+            ):
+                self._meter_ids[event_name, formula] = chosen.id
+        return self._meter_ids.get((event_name, formula))
 
 
 def answer_of(error: Exception, identifier: str) -> Answer:

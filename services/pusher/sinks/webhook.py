@@ -5,11 +5,9 @@ It has no totals to ask for, so an intent in doubt for a day stays there until a
 
 from __future__ import annotations
 
-from decimal import Decimal
-
 import aiohttp
 
-from services.pusher.intents import Answer, Intent, Meaning, plain_decimal
+from services.pusher.intents import Answer, Intent, Meaning, Shown, plain_decimal
 
 _MEANINGS = {
     401: Meaning.UNAUTHORISED,
@@ -38,6 +36,8 @@ class WebhookSink:
             "event_name": intent.event_name,
             "customer": intent.stripe_customer,
             "value": plain_decimal(intent.amount),
+            "formula": intent.formula,
+            "dimensions": dict(intent.dimensions),
             "occurred_at": intent.event_at.isoformat(),
         }
         try:
@@ -54,7 +54,7 @@ class WebhookSink:
         default = Meaning.REFUSED if 400 <= status < 500 else Meaning.UNKNOWN
         return Answer(_MEANINGS.get(status, default), f"http_{status}", status)
 
-    async def applied_total(self, intent: Intent) -> Decimal | None:
+    async def shown(self, intent: Intent) -> Shown | None:
         """Never known."""
         return None
 
