@@ -8,5 +8,5 @@ Promises: received = sum of outcomes, in effect once under kills, redelivery and
 Fails: a record that cannot be read or counted is parked with its reason; a partition with too many of them,
 or with missing offsets, halts; a database or broker that is away is waited for.
 
-``prepare`` (pure: chunk → events) → ``ledger`` (the transaction) → ``closing`` (buckets → deltas).
+``prepare`` (pure: chunk → events) → ``ledger`` (the transaction) → ``buckets`` → ``closing`` (→ deltas).
 """

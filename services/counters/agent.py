@@ -11,9 +11,10 @@ import structlog
 from schemas.catalog import check_catalog, current
 from services.counters.adjusting import apply_approved
 from services.counters.calendars import carry_out_changes
-from services.counters.closing import Invoices, close_round
+from services.counters.closing import close_round
 from services.counters.config import load_configuration
 from services.counters.conservation import conservation
+from services.counters.deltas import Invoices
 from services.counters.generations import rotate_generations
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer

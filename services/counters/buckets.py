@@ -108,7 +108,9 @@ _MERGE: dict[str, LiteralString] = {
     "sum": "total = b.total + excluded.total",
     "max": "total = greatest(b.total, excluded.total)",
     "last": f"total = CASE WHEN {_IS_LATER} THEN excluded.total ELSE b.total END, "
-    f"last_key = CASE WHEN {_IS_LATER} THEN excluded.last_key ELSE b.last_key END",
+    f"last_key = CASE WHEN {_IS_LATER} THEN excluded.last_key ELSE b.last_key END, "
+    # An hour without events has no value that could have been sent, not even 0.
+    "closed = CASE WHEN b.events > 0 THEN b.closed END",
 }
 
 
