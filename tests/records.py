@@ -8,7 +8,6 @@ from typing import Any
 
 from schemas.catalog import released
 from services.counters.config import Configuration, Meter
-from services.counters.periods import Calendar
 from services.streaming.chunks import Chunk, Partition
 from services.wire.codec import Encoder
 from services.wire.topics import USAGE_TOPICS
@@ -72,7 +71,7 @@ def meter(slug: str = "requests", tenant: str = "acme", **changes: Any) -> Meter
         "lateness_us": 2 * DAY_US,
         "late_policy": "manual",
         "allow_negative": False,
-        "calendar": Calendar("UTC"),
+        "calendar": "1 month UTC",
         **changes,
     }
     return Meter(**fields)

@@ -36,7 +36,7 @@ Connection = psycopg.Connection[Any]
 #: A chunk that was running when the change was committed may make an item under the old calendar. So a
 #: change is first seen, which is after its commit, and carried out once everything that ran then has ended.
 _SEE: LiteralString = (
-    "UPDATE calendar_changes SET not_before = pg_snapshot_xmax(pg_current_snapshot()) "
+    "UPDATE calendar_changes SET not_before = pg_current_xact_id() "
     "WHERE done_at IS NULL AND not_before IS NULL"
 )
 

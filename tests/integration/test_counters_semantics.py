@@ -16,8 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 
-from services.counters.adjusting import decide
 from services.embedded import kafka_tool
+from services.ingest.adjustments import decide
 from tests.conftest import Servers
 from tests.oracle import DAY_S, HOUR_S, Usage, published, unframe
 from tests.pipeline import GROUP, TOPICS, Coordinates, Pipeline, Read, Worker, trim_topics, until
@@ -136,11 +136,20 @@ def test_an_event_nine_days_late_is_one_adjustment_that_counts_once_approved_and
     [(adjustment,)] = scene.pipeline.query(
         "SELECT adjustment_id::text FROM adjustments WHERE tenant_id = %s", scene.tenant
     )
-    for changed in (True, False, False):
-        with psycopg.connect(scene.pipeline.dsn, autocommit=True) as db:
-            _, state, did = decide(db, adjustment, approved=True, by="a test")
-        assert (state, did) == ("applied", changed)
-        assert scene.total() == 7
+    with psycopg.connect(scene.pipeline.dsn, autocommit=True) as db:
+        decided = decide(db, adjustment, approved=True, by="a test")
+        assert (decided.state, decided.changed) == ("approved", True)
+        until(lambda: scene.total() != 5, "the counters applied it")
+        for approved in (True, False):
+            decided = decide(db, adjustment, approved=approved, by="somebody else")
+            assert (decided.state, decided.changed) == ("applied", False)
+    assert scene.pipeline.query(
+        "SELECT state, decided_by, applied_hour = date_trunc('hour', occurred_at), applied_at >= decided_at "
+        "FROM adjustments WHERE tenant_id = %s",
+        scene.tenant,
+    ) == [("applied", "a test", True, True)]
+    time.sleep(1)  # five more rounds of the timer
+    assert scene.total() == 7
     scene.pipeline.settle_deltas()
     sums = scene.pipeline.query(
         "SELECT sum(amount) FROM deltas JOIN items USING (item_id) WHERE tenant_id = %s", scene.tenant
@@ -153,6 +162,58 @@ def test_a_count_meter_counts_events_whatever_their_quantity(scene: Scene) -> No
     events = [scene.usage(f"l{n}", n * 10, meter="logins") for n in range(1, 5)]
     scene.feed(*events, events[0])
     assert scene.total("logins") == 4
+
+
+def test_a_rejected_adjustment_never_counts_and_no_delta_ever_holds_it(scene: Scene) -> None:
+    scene.feed(scene.usage("a", 5), scene.usage("b", 2, NOW_S - 9 * DAY_S))
+    with psycopg.connect(scene.pipeline.dsn, autocommit=True) as db:
+        [(adjustment,)] = scene.pipeline.query(
+            "SELECT adjustment_id::text FROM adjustments WHERE tenant_id = %s", scene.tenant
+        )
+        assert decide(db, adjustment, approved=False, by="a test").state == "rejected"
+        assert decide(db, adjustment, approved=True, by="a test").state == "rejected"
+    scene.feed(scene.usage("c", 1))
+    scene.pipeline.settle_deltas()
+    assert scene.total() == 6
+    assert scene.pipeline.query(
+        "SELECT sum(amount) FROM deltas JOIN items USING (item_id) WHERE tenant_id = %s", scene.tenant
+    ) == [(6,)]
+
+
+def test_every_aggregation_and_a_split_meter_through_the_worker(scene: Scene) -> None:
+    """The same three events, of which the second is late and the last comes twice."""
+    pipeline = scene.pipeline
+    for aggregation in ("sum", "count", "max", "last", "unique"):
+        pipeline.meter(scene.tenant, aggregation, aggregation, value_property="size")
+    pipeline.meter(scene.tenant, "split", dimensions=("region",))
+    events = []
+    for meter in ("sum", "count", "max", "last", "unique", "split"):
+        for key, size, region, at in (
+            ("a", "7", "eu", NOW_S),
+            ("b", "9", "us", NOW_S - DAY_S),
+            ("c", "7", "eu", NOW_S),
+        ):
+            properties = {"size": size, "region": region}
+            events.append(scene.usage(f"{meter}/{key}", 1, at, meter=meter, properties=properties))
+        events.append(events[-1])
+    scene.feed(*events)
+    hour, before = (at // HOUR_S * HOUR_S for at in (NOW_S, NOW_S - DAY_S))
+    hours = {place: total for place, total in pipeline.hours().items() if place[0][0] == scene.tenant}
+    name = (scene.tenant, "cus_1")
+    assert hours == {
+        ((*name, "sum"), hour): 14,
+        ((*name, "sum"), before): 9,
+        ((*name, "count"), hour): 2,
+        ((*name, "count"), before): 1,
+        ((*name, "max"), hour): 7,
+        ((*name, "max"), before): 9,
+        ((*name, "last"), hour): 7,
+        ((*name, "last"), before): 9,
+        ((*name, "unique"), hour): 1,
+        ((*name, "unique"), before): 1,
+        ((*name, "split", "eu"), hour): 2,
+        ((*name, "split", "us"), before): 1,
+    }
 
 
 def test_the_same_key_in_two_tenants_counts_twice(scene: Scene) -> None:
@@ -376,20 +437,20 @@ def test_a_stock_reader_decodes_every_record_with_the_committed_schema(scene: Sc
     )
     scene.pipeline.settle_deltas()
     subjects = {
-        "deltas.v1": "usage_delta",
-        "conflicts.v1": "conflict",
-        "adjustments.v1": "adjustment",
-        "ops.v1": "ops_event",
+        "deltas.v1": ("usage_delta", 2),
+        "conflicts.v1": ("conflict", 1),
+        "adjustments.v1": ("adjustment", 1),
+        "ops.v1": ("ops_event", 1),
     }
-    for topic, subject in subjects.items():
+    for topic, (subject, version) in subjects.items():
         records = scene.pipeline.read(topic)
         assert records, topic
-        assert all(unframe(subject, 1, one.value) for one in records)
-        assert {one.headers["tidemeter-schema"] for one in records} == {f"{subject}/1".encode()}
-        assert published(subject, 1)[1] == records[0].value[:10]
+        assert all(unframe(subject, version, one.value) for one in records)
+        assert {one.headers["tidemeter-schema"] for one in records} == {f"{subject}/{version}".encode()}
+        assert published(subject, version)[1] == records[0].value[:10]
     [delta] = [
         one
-        for one in (unframe("usage_delta", 1, record.value) for record in scene.pipeline.read("deltas.v1"))
+        for one in (unframe("usage_delta", 2, record.value) for record in scene.pipeline.read("deltas.v1"))
         if one["tenant_id"] == scene.tenant
     ]
     assert isinstance(delta["amount"], Decimal)

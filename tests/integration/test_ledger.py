@@ -20,7 +20,7 @@ from services.streaming import offsets
 from services.streaming.chunks import Partition
 from services.wire.codec import Decoder
 from services.wire.errors import OffsetGap, Transient
-from tests.records import DAY_US, UNIT, chunk_of, encoded, v3
+from tests.records import ARRIVAL_US, DAY_US, HOUR_US, UNIT, chunk_of, encoded, v3
 from upcasters.chain import upcasters
 
 Database = psycopg.Connection[Any]
@@ -225,25 +225,55 @@ def test_accounts_are_kept_for_each_tenant_and_meter(db: Database) -> None:
     assert rows["nobody_knows"]["dead_lettered"] == 1
 
 
-def test_closing_is_repeatable_and_waits_for_open_deltas(db: Database) -> None:
-    """Given a delta under way, more usage of the item waits; once it is settled, the rest follows."""
+def test_closing_is_repeatable_and_an_hour_waits_for_its_open_delta(db: Database) -> None:
+    """Given a delta under way, more usage of that hour waits; once it is settled, the rest follows."""
     handler = counters(db)
     feed(db, handler, v3(customer_ref="cus_1"))
-    assert close_round(db) == (1, 1)
-    assert close_round(db) == (0, 0)
+    assert close(db) == (1, 1)
+    assert close(db) == (0, 0)
     feed(db, handler, v3(idempotency_key="evt-2", customer_ref="cus_1"), at=1)
-    assert close_round(db) == (0, 0)
-    db.execute("UPDATE item_periods SET open_deltas = 0")
-    assert close_round(db) == (1, 1)
+    assert close(db) == (0, 0)
+    db.execute("UPDATE buckets SET open = false")
+    assert close(db) == (1, 1)
     rows = db.execute("SELECT sequence, amount, identifier FROM deltas ORDER BY sequence").fetchall()
     assert [(row[0], row[1]) for row in rows] == [(1, 5), (2, 5)]
     assert rows[0][2] != rows[1][2]
     assert db.execute("SELECT count(*) FROM outbox WHERE topic = 'deltas.v1'").fetchone() == (2,)
 
 
+def test_other_hours_of_an_item_are_closed_while_the_delta_of_one_is_under_way(db: Database) -> None:
+    handler = counters(db)
+    hour_before = ARRIVAL_US - HOUR_US
+    feed(db, handler, v3(customer_ref="cus_1"))
+    assert close(db) == (1, 1)
+    feed(
+        db,
+        handler,
+        v3(idempotency_key="same hour", customer_ref="cus_1", quantity=UNIT),
+        v3(idempotency_key="hour before", customer_ref="cus_1", occurred_at=hour_before, quantity=2 * UNIT),
+        at=1,
+    )
+    assert close(db) == (1, 1)
+    assert close(db) == (0, 0)
+    rows = db.execute("SELECT amount, sequence FROM deltas ORDER BY closed_at, amount").fetchall()
+    assert sorted(rows) == [(2, 1), (5, 1)]
+    db.execute(
+        "UPDATE buckets SET open = false WHERE hour_start = to_timestamp(%s)", (hour_before // 1_000_000,)
+    )
+    assert close(db) == (0, 0), "the hour before has nothing new, and the other one is still open"
+    db.execute("UPDATE buckets SET open = false")
+    assert close(db) == (1, 1)
+    assert db.execute("SELECT sum(amount), count(*) FROM deltas").fetchone() == (8, 3)
+
+
+def close(db: Database) -> tuple[int, int]:
+    """A round an hour after the records arrived."""
+    return close_round(db, now_us=ARRIVAL_US + HOUR_US)
+
+
 def test_usage_of_a_customer_without_a_stripe_id_waits_until_it_has_one(db: Database) -> None:
     handler = counters(db)
     feed(db, handler, v3())
-    assert close_round(db) == (0, 0)
+    assert close(db) == (0, 0)
     db.execute("INSERT INTO customers VALUES ('acme', 'cust-1', 'cus_9')")
-    assert close_round(db) == (1, 1)
+    assert close(db) == (1, 1)

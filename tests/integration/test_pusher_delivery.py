@@ -20,26 +20,42 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 from aiohttp import web
 
-from services.pusher import journal
-from services.pusher.intents import Answer, Intent, Policy
+from schemas.catalog import released
+from services.pusher import delivery, journal
+from services.pusher.agent import Intents
+from services.pusher.intents import (
+    Answer,
+    Formula,
+    Intent,
+    Meaning,
+    Policy,
+    Shown,
+    intent_of,
+    settlement_of,
+)
 from services.pusher.sender import Sender, SenderConfig
 from services.pusher.sinks import Sink
 from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.webhook import WebhookSink
+from services.streaming.chunks import Chunk, Partition
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-from services.wire.codec import Decoder, Record
+from services.wire.codec import Decoder, Encoder, Record
 from services.wire.errors import Broken
+from services.wire.records import ops_event
+from upcasters.chain import upcasters
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk_test_pusher"
 HOUR = timedelta(hours=1)
 EVENT = "api_calls"
+GAUGE = "seats"
 
 SENDER_PROGRAM = """
 import asyncio, os, sys
@@ -81,11 +97,14 @@ def delta(
     sequence: int = 1,
     event_name: str = EVENT,
     tenant: str = "acme",
+    dimensions: dict[str, str] | None = None,
+    formula: str = "sum",
+    push_before: datetime | None = None,
 ) -> Record:
     """A decoded ``usage_delta``, as the agent hands it over."""
     hour = this_hour() - hours_ago * HOUR
     month = hour.replace(day=1, hour=0)
-    item = uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {customer} {event_name}")
+    item = uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {customer} {event_name} {dimensions or ''}")
     return {
         "identifier": identifier_of(item, hour, sequence),
         "item_id": item.bytes,
@@ -103,7 +122,15 @@ def delta(
         "sequence": sequence,
         "amount": int(Decimal(amount).scaleb(9)).to_bytes(16, "big", signed=True),
         "closed_at": micros(datetime.now(UTC)),
+        "dimensions": dimensions or {},
+        "formula": formula,
+        "push_before": None if push_before is None else micros(push_before),
     }
+
+
+def gauge(amount: str, *, sequence: int = 1, customer: str = "cus_1", hours_ago: int = 0) -> Record:
+    """A value for the meter whose formula is ``last``."""
+    return delta(customer, amount, sequence=sequence, event_name=GAUGE, formula="last", hours_ago=hours_ago)
 
 
 def amount_of(record: Record) -> Decimal:
@@ -131,7 +158,10 @@ class World:
             return cursor.fetchall() if cursor.description else []
 
     def close(self, *deltas: Record) -> None:
-        """What the counters do when they close deltas, and the agent when it receives them."""
+        """What the counters do when they close deltas, and the agent when it receives them.
+
+        A `last` bucket's total is its value; any other's grows by the delta.
+        """
         with psycopg.connect(self.dsn) as db:
             for one in deltas:
                 item, hour, month, end = (
@@ -142,32 +172,45 @@ class World:
                     ),
                 )
                 db.execute(
-                    "INSERT INTO items (item_id, tenant_id, customer_ref, meter, watermark) "
-                    "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                    "INSERT INTO items (item_id, tenant_id, customer_ref, meter, watermark, calendar) "
+                    "VALUES (%s, %s, %s, %s, %s, '1 month UTC') ON CONFLICT DO NOTHING",
                     (item, one["tenant_id"], one["customer_ref"], one["meter"], hour),
                 )
                 db.execute(
-                    "INSERT INTO item_periods AS p (item_id, period_start, period_end, open_deltas) "
-                    "VALUES (%s, %s, %s, 1) "
-                    "ON CONFLICT (item_id, period_start) DO UPDATE SET open_deltas = p.open_deltas + 1",
+                    "INSERT INTO item_periods (item_id, period_start, period_end) "
+                    "VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
                     (item, month, end),
                 )
-                db.execute(
+                last = one["formula"] == "last"
+                closed = db.execute(
                     "INSERT INTO buckets AS b (item_id, hour_start, period_start, total, events, "
-                    "late_events, closed, pushed, sequence, first_arrival, last_arrival) "
-                    "VALUES (%(i)s, %(h)s, %(p)s, %(a)s, 1, 0, %(a)s, %(a)s, 1, now(), now()) "
-                    "ON CONFLICT (item_id, hour_start, period_start) DO UPDATE SET "
-                    "total = b.total + excluded.total, closed = b.closed + excluded.closed, "
-                    "pushed = b.pushed + excluded.pushed",
-                    {"i": item, "h": hour, "p": month, "a": amount_of(one)},
+                    "late_events, closed, pushed, sequence, open, first_arrival, last_arrival, "
+                    "first_event, last_event) "
+                    "VALUES (%(i)s, %(h)s, %(p)s, %(a)s, 1, 0, %(a)s, %(a)s, 1, true, now(), now(), "
+                    "%(h)s, %(h)s) "
+                    "ON CONFLICT (item_id, hour_start, period_start) DO UPDATE SET open = true, "
+                    "total = b.total * %(keep)s + excluded.total, "
+                    "closed = b.closed * %(keep)s + excluded.closed, "
+                    "pushed = b.pushed * %(keep)s + excluded.pushed WHERE NOT b.open",
+                    {"i": item, "h": hour, "p": month, "a": amount_of(one), "keep": 0 if last else 1},
                 )
+                assert closed.rowcount == 1, "the counters do not close a bucket that is open"
             journal.record_intents(db, deltas)
 
     def states(self) -> dict[str, int]:
         return dict(self.sql("SELECT state, count(*) FROM meter_events GROUP BY state"))
 
-    def open_deltas(self) -> int:
-        return int(self.sql("SELECT coalesce(sum(open_deltas), 0) FROM item_periods")[0][0])
+    def open_buckets(self) -> int:
+        return int(self.sql("SELECT count(*) FROM buckets WHERE open")[0][0])
+
+    def bucket(self, one: Record) -> tuple[Any, ...]:
+        """closed, pushed, open, dirty_from of the delta's item."""
+        (row,) = self.sql(
+            "SELECT closed, pushed, open, dirty_from FROM buckets JOIN items USING (item_id) "
+            "WHERE item_id = %s AND hour_start = %s",
+            (uuid.UUID(bytes=one["item_id"]), datetime.fromtimestamp(one["hour_start"] / 1e6, UTC)),
+        )
+        return row
 
     def reported(self) -> Decimal:
         return Decimal(
@@ -235,7 +278,8 @@ def world(postgres_dsn: str) -> Iterator[World]:
     with psycopg.connect(postgres_dsn, autocommit=True) as db:
         db.execute("TRUNCATE meter_events, item_periods, buckets, items, outbox")
     with running_simulator(SimulatorConfig(port=0, rate_per_second=100_000)) as stripe:
-        stripe.seed(customers=[f"cus_{n}" for n in range(300)], meters=[EVENT, "storage"])
+        last = {"id": "mtr_seats", "event_name": GAUGE, "default_aggregation": {"formula": "last"}}
+        stripe.seed(customers=[f"cus_{n}" for n in range(300)], meters=[EVENT, "storage", last])
         yield World(postgres_dsn, stripe)
 
 
@@ -269,7 +313,7 @@ def killed_at_the_end(*processes: subprocess.Popen[str]) -> Iterator[None]:
 # -- Delivery ----------------------------------------------------------------------------------------
 
 
-def test_each_delta_is_billed_once_and_its_item_period_is_free_again(world: World) -> None:
+def test_each_delta_is_billed_once_and_its_bucket_is_free_again(world: World) -> None:
     deltas = [delta(f"cus_{n}", f"{n}.5", hours_ago=h) for n in range(1, 20) for h in range(3)]
     world.close(*deltas)
 
@@ -280,18 +324,19 @@ def test_each_delta_is_billed_once_and_its_item_period_is_free_again(world: Worl
     asyncio.run(scenario())
     assert world.states() == {"reported": len(deltas)}
     assert world.billed() == sum(map(amount_of, deltas)) == world.reported()
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
     assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
     assert world.ops_events() == []
 
 
 def test_two_customers_on_one_meter_have_separate_totals(world: World) -> None:
-    world.close(delta("cus_1", "5"), delta("cus_2", "7"), delta("cus_1", "-2", sequence=2))
-
     async def scenario() -> None:
         async with world.sending():
             await until(lambda: settled(world))
 
+    world.close(delta("cus_1", "5"), delta("cus_2", "7"))
+    asyncio.run(scenario())
+    world.close(delta("cus_1", "-2", sequence=2))
     asyncio.run(scenario())
     assert world.stripe.total(customer="cus_1") == "3"
     assert world.stripe.total(customer="cus_2") == "7"
@@ -331,10 +376,12 @@ def test_a_delta_that_is_delivered_again_changes_nothing(world: World) -> None:
     assert world.stripe.stats()["applied"] == 1
 
 
-def test_one_identifier_with_two_amounts_is_broken(world: World) -> None:
+def test_one_identifier_with_two_contents_is_broken(world: World) -> None:
     world.close(delta(amount="1"))
-    with psycopg.connect(world.dsn) as db, pytest.raises(Broken):
-        journal.record_intents(db, [delta(amount="2")])
+    for other in ({"amount": "2"}, {"dimensions": {"region": "eu"}}, {"formula": "last"}):
+        changed = delta(**other) | {"identifier": delta()["identifier"]}  # type: ignore[arg-type]
+        with psycopg.connect(world.dsn) as db, pytest.raises(Broken):
+            journal.record_intents(db, [changed])
     with psycopg.connect(world.dsn) as db, pytest.raises(Broken):
         journal.record_intents(db, [delta("cus_9", amount="1"), delta("cus_9", amount="2")])
 
@@ -355,7 +402,7 @@ def test_a_repeated_identifier_is_success(world: World) -> None:
     assert world.sql("SELECT error_code, http_status FROM meter_events") == [("already_exists", 400)]
 
 
-def test_a_refused_intent_fails_once_with_one_ops_event_and_frees_its_item_period(world: World) -> None:
+def test_a_refused_intent_fails_once_with_one_ops_event_and_frees_its_bucket(world: World) -> None:
     world.close(delta("cus_nobody"), delta("cus_1"))
 
     async def scenario() -> None:
@@ -364,7 +411,7 @@ def test_a_refused_intent_fails_once_with_one_ops_event_and_frees_its_item_perio
 
     asyncio.run(scenario())
     assert world.states() == {"failed": 1, "reported": 1}
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
     (event,) = world.ops_events()
     assert (event["name"], event["source"], event["subject_id"]) == (
         "meter_reporting_failed",
@@ -373,20 +420,6 @@ def test_a_refused_intent_fails_once_with_one_ops_event_and_frees_its_item_perio
     )
     assert event["attributes"]["reason"] == "resource_missing"
     assert "cus_nobody" not in json.dumps(event)
-
-
-def test_usage_older_than_stripe_takes_fails_without_a_call(world: World) -> None:
-    world.close(delta(hours_ago=36 * 24))
-
-    async def scenario() -> None:
-        async with world.sending():
-            await until(lambda: settled(world))
-
-    asyncio.run(scenario())
-    assert world.sql("SELECT state, error_code FROM meter_events") == [("failed", "too_old_for_stripe")]
-    assert world.stripe.stats()["requests"] == []
-    assert world.open_deltas() == 0
-    assert [event["attributes"]["reason"] for event in world.ops_events()] == ["too_old_for_stripe"]
 
 
 def test_the_nearest_end_of_a_period_goes_first(world: World) -> None:
@@ -400,6 +433,56 @@ def test_the_nearest_end_of_a_period_goes_first(world: World) -> None:
 
     asyncio.run(scenario())
     assert [row["customer"] for row in world.stripe.ledger()["rows"]] == ["cus_1", "cus_2"]
+
+
+def test_the_nearest_deadline_of_an_invoice_goes_before_the_end_of_a_period(world: World) -> None:
+    """Between customers, and between the deltas of one."""
+    soon = world.now() + timedelta(minutes=5)
+    world.close(
+        delta("cus_1", "1"),
+        delta("cus_2", "2"),
+        delta("cus_2", "3", hours_ago=1, push_before=soon + HOUR),
+        delta("cus_3", "4", push_before=soon),
+    )
+
+    async def scenario() -> None:
+        async with world.sending(rate=1):
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    order = [row["value"] for row in world.stripe.ledger()["rows"]]
+    assert order[:2] == ["4", "3"]
+    assert sorted(order[2:]) == ["1", "2"]
+
+
+def test_keys_whose_first_intent_must_wait_do_not_keep_others_from_their_turn(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them has something else that is due, and all of them come before the one that can be sent."""
+    monkeypatch.setattr("services.pusher.sender.WINDOW_KEYS_MAX", 5)
+    backing_off = [delta(f"cus_{n}", hours_ago=h) for n in range(10) for h in range(1, 3)]
+    doubted = [delta(f"cus_{n}") for n in range(10, 20)]
+    behind = [delta(f"cus_{n}", dimensions={"region": "eu"}) for n in range(10, 20)]
+    world.close(*backing_off, *doubted, *behind, delta("cus_99"))
+    world.sql(
+        "UPDATE meter_events SET next_attempt_at = now() + interval '5 minutes' WHERE identifier = ANY(%s)",
+        ([one["identifier"] for one in backing_off[1::2]],),
+    )
+    world.sql(
+        "UPDATE meter_events SET state = 'in_doubt', first_sent_at = now(), "
+        "next_attempt_at = now() + interval '5 minutes' WHERE identifier = ANY(%s)",
+        ([one["identifier"] for one in doubted],),
+    )
+    world.sql(
+        "UPDATE meter_events SET period_end = period_end + interval '1 day' WHERE stripe_customer = 'cus_99'"
+    )
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: world.billed() == 1, 3)
+
+    asyncio.run(scenario())
+    assert world.stripe.total(customer="cus_99") == "1"
 
 
 def test_the_configured_rate_is_kept(world: World) -> None:
@@ -430,7 +513,7 @@ def test_a_sender_killed_at_any_step_bills_once(world: World, tmp_path: Path, po
         asyncio.run(until(lambda: settled(world)))
     assert world.billed() == sum(map(amount_of, deltas))
     assert world.states() == {"reported": len(deltas)}
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
     assert world.stripe.stats()["applied"] == len(deltas)
 
 
@@ -471,7 +554,7 @@ def test_a_stopped_sender_keeps_its_customers_and_wakes_without_harm(world: Worl
     assert stats["identifiers_with_two_values"] == 0
     assert world.billed() == sum(map(amount_of, deltas))
     assert world.states() == {"reported": 40}
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
 
 
 def test_a_lost_lock_session_lets_no_second_call_begin(world: World) -> None:
@@ -534,7 +617,7 @@ def test_no_fault_on_the_way_changes_what_is_billed(world: World) -> None:
     assert world.stripe.stats()["identifiers_with_two_values"] == 0
     assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
     assert set(world.states()) <= {"reported", "cancelled"}
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
     assert world.ops_events() == []
 
 
@@ -611,7 +694,7 @@ def test_postgresql_away_for_a_while_delays_and_loses_nothing(world: World) -> N
     with admin:
         asyncio.run(scenario())
     assert world.billed() == len(deltas)
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
     assert world.stripe.stats()["max_in_flight_per_customer_meter"] == 1
 
 
@@ -636,7 +719,7 @@ def test_a_cancelled_sender_settles_the_calls_under_way_and_gives_back_the_rest(
 
 def test_a_journal_that_does_not_add_up_stops_the_sender(world: World) -> None:
     world.close(delta())
-    world.sql("UPDATE item_periods SET open_deltas = 0")
+    world.sql("UPDATE buckets SET open = false")
 
     async def scenario() -> None:
         sender = Sender(world.dsn, world.sink(), SenderConfig(call_timeout_seconds=1.0))
@@ -644,7 +727,59 @@ def test_a_journal_that_does_not_add_up_stops_the_sender(world: World) -> None:
 
     with pytest.raises(Broken, match="open"):
         asyncio.run(scenario())
-    assert world.open_deltas() == 0
+    assert world.states() == {"in_flight": 1}
+
+
+def test_an_intent_without_a_bucket_stops_the_sender(world: World) -> None:
+    world.close(delta())
+    world.sql("DELETE FROM buckets")
+
+    async def scenario() -> None:
+        sender = Sender(world.dsn, world.sink(), SenderConfig(call_timeout_seconds=1.0))
+        await asyncio.wait_for(sender.run(), 10)
+
+    with pytest.raises(Broken, match="missing"):
+        asyncio.run(scenario())
+
+
+def test_a_settlement_written_twice_changes_nothing_the_second_time(world: World) -> None:
+    """Not even when the counters have closed the bucket again meanwhile."""
+    world.close(delta())
+    config = SenderConfig()
+
+    async def scenario() -> None:
+        session = await delivery.connect(world.dsn, "test")
+        now = world.now()
+        (key,) = await delivery.due_keys(session, now, 10)
+        (claim,), done = await delivery.claim(
+            session, [key], now=now, lease=config.lease, policy=config.policy
+        )
+        assert done == 0
+        accepted = settlement_of(claim, Answer(Meaning.DELIVERED), now=now, chance=0.5, policy=config.policy)
+        assert world.open_buckets() == 1
+        await delivery.settle(session, [accepted], now)
+        assert world.open_buckets() == 0
+        world.close(delta(sequence=2))
+        await delivery.settle(session, [accepted], now)
+        assert world.open_buckets() == 1
+        await session.close()
+
+    asyncio.run(scenario())
+    assert world.states() == {"pending": 1, "reported": 1}
+
+
+def test_a_transaction_that_idled_too_long_is_written_again(world: World) -> None:
+    async def scenario() -> None:
+        session = await delivery.connect(world.dsn, "test")
+        await session.execute("SET idle_in_transaction_session_timeout = '50ms'")
+        with pytest.raises(delivery.TRANSIENT_ERRORS):
+            async with session.transaction():
+                await session.execute("SELECT 1")
+                await asyncio.sleep(0.5)
+                await session.execute("SELECT 1")
+        await session.close()
+
+    asyncio.run(scenario())
 
 
 # -- In doubt for a day ------------------------------------------------------------------------------
@@ -682,7 +817,7 @@ def test_in_doubt_for_a_day_and_applied_is_not_sent_again(world: World) -> None:
     assert posts(world) == sent
     assert world.states() == {"reported": 2}
     assert world.billed() == 8
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
     assert world.ops_events() == []
 
 
@@ -704,7 +839,7 @@ def test_in_doubt_for_a_day_and_not_applied_is_sent_once_under_a_new_identifier(
     (row,) = world.stripe.ledger()["rows"]
     assert row["identifier"] == rows[1][0] != one["identifier"]
     assert world.billed() == 5
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
 
 
 def test_between_the_last_resend_and_the_first_question_nothing_is_sent(world: World) -> None:
@@ -773,7 +908,7 @@ def test_usage_of_the_same_hour_waits_while_one_intent_is_in_doubt_and_other_hou
     world: World,
 ) -> None:
     in_doubt_by(world, {"fault": "reset_before_apply"}, delta(amount="1"))
-    world.close(delta(amount="10", sequence=2), delta(amount="100", hours_ago=1))
+    world.close(delta(amount="10", dimensions={"region": "eu"}), delta(amount="100", hours_ago=1))
     world.advance(timedelta(hours=23, minutes=30))
 
     async def scenario() -> None:
@@ -801,12 +936,326 @@ def test_an_applied_intent_whose_key_answers_500_for_a_day_is_found_in_minutes(w
     assert world.billed() == 9
 
 
-# -- Operators and late reports ----------------------------------------------------------------------
+# -- Dimensions, and versions of the delta -----------------------------------------------------------
 
 
-def test_released_failures_go_back_to_their_buckets_once(world: World) -> None:
-    world.close(delta("cus_nobody", "3"), delta("cus_nobody", "4", sequence=2), delta("cus_1", "5"))
-    world.close(delta("cus_nobody", "6", hours_ago=40 * 24))
+def test_dimensions_arrive_in_the_payload_beside_customer_and_value(world: World) -> None:
+    split = [{"region": "eu", "model": "large"}, {"region": "us", "model": "large"}, {}]
+    world.close(*(delta("cus_1", str(n + 1), dimensions=one) for n, one in enumerate(split)))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    rows = world.stripe.ledger()["rows"]
+    assert {row["value"]: row["dimensions"] for row in rows} == {
+        str(n + 1): one for n, one in enumerate(split)
+    }
+    assert {row["customer"] for row in rows} == {"cus_1"}
+
+
+@pytest.mark.parametrize("name", ["stripe_customer_id", "value"])
+def test_a_dimension_under_the_name_of_customer_or_value_is_refused_without_a_call(
+    world: World, name: str
+) -> None:
+    world.close(delta("cus_1", "5", dimensions={name: "cus_2"}))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.sql("SELECT state, error_code FROM meter_events") == [("failed", "dimension_is_payload_key")]
+    assert posts(world) == 0
+    assert world.open_buckets() == 0
+    assert len(world.ops_events()) == 1
+
+
+def test_deltas_of_every_released_version_are_read_and_nothing_else(world: World) -> None:
+    new = delta("cus_2", "2", dimensions={"region": "eu"}, formula="last", push_before=world.now())
+    v1, v2 = (released()["usage_delta", version] for version in (1, 2))
+    old = {field["name"]: delta("cus_1", "1")[field["name"]] for field in v1.plain["fields"]}
+    other = ops_event("any", subject_type="x", subject_id="y", source="z", at_us=0)
+    values = [Encoder(v1).encode(old), Encoder(v2).encode(new), other.value]
+    raw = [SimpleNamespace(offset=n, value=value) for n, value in enumerate(values)]
+    prepared = Intents(Decoder(), upcasters()).prepare(Chunk(Partition("deltas.v1", 0), raw))  # type: ignore[arg-type]
+    assert {n: error.reason for n, error in prepared.refused.items()} == {2: "unknown_schema"}
+    with psycopg.connect(world.dsn) as db:
+        assert journal.record_intents(db, list(prepared.records.values())) == 2
+    assert world.sql(
+        "SELECT stripe_customer, dimensions, formula, push_before IS NULL FROM meter_events ORDER BY 1"
+    ) == [("cus_1", {}, "sum", True), ("cus_2", {"region": "eu"}, "last", False)]
+
+
+# -- Meters whose formula is last --------------------------------------------------------------------
+
+
+def read(world: World, one: Record) -> Shown | None:
+    """What the sink shows of a delta's hour."""
+
+    async def scenario() -> Shown | None:
+        sink = world.sink()
+        try:
+            return await sink.shown(intent_of(one))
+        finally:
+            await sink.close()
+
+    return asyncio.run(scenario())
+
+
+def test_each_new_value_of_a_last_meter_takes_the_place_of_the_one_before(world: World) -> None:
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    assert read(world, gauge("7")) == Shown(None)
+    for sequence, value in enumerate(("7", "3.5", "0"), 1):
+        world.close(gauge(value, sequence=sequence))
+        asyncio.run(scenario())
+        assert read(world, gauge(value)) == Shown(Decimal(value))
+    assert [row["value"] for row in world.stripe.ledger()["rows"]] == ["7", "3.5", "0"]
+    assert world.open_buckets() == 0
+
+
+def test_a_value_in_doubt_for_a_day_that_the_hour_shows_is_not_sent_again(world: World) -> None:
+    one = gauge("5")
+    in_doubt_by(world, {"fault": "status", "status": 500, "applied": True}, one)
+    sent = posts(world)
+    world.advance(timedelta(hours=24))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert posts(world) == sent
+    assert world.sql("SELECT state, error_code FROM meter_events") == [("reported", "applied_by_summary")]
+    assert world.open_buckets() == 0
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+@pytest.mark.parametrize("value", ["5", "0"])
+def test_a_value_in_doubt_for_a_day_that_the_hour_does_not_show_is_sent_once_more(
+    world: World, before: str | None, value: str
+) -> None:
+    """An hour without usage is not an hour with the value 0."""
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    if before is not None:
+        world.close(gauge(before))
+        asyncio.run(scenario())
+    one = gauge(value, sequence=2)
+    in_doubt_by(world, {"fault": "reset_before_apply"}, one)
+    assert world.open_buckets() == 1
+    world.advance(timedelta(hours=24))
+    asyncio.run(scenario())
+    (row,) = world.stripe.ledger(after="0" if before is None else "1")["rows"]
+    assert (row["value"], row["identifier"] != one["identifier"]) == (value, True)
+    assert read(world, one) == Shown(Decimal(value))
+    (formula,) = world.sql("SELECT DISTINCT formula FROM meter_events")
+    assert formula == ("last",)
+    assert world.open_buckets() == 0
+
+
+def test_a_meter_of_another_formula_settles_no_doubt(world: World) -> None:
+    value, change = delta("cus_1", "5", formula="last"), delta("cus_2", "5", event_name=GAUGE)
+    assert read(world, value) is None and read(world, change) is None
+    in_doubt_by(world, {"fault": "status", "status": 500, "applied": True}, value, change)
+    world.advance(timedelta(hours=37))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: len(world.ops_events()) == 2)
+
+    asyncio.run(scenario())
+    assert world.states() == {"in_doubt": 2}
+    assert world.open_buckets() == 2
+
+
+def test_a_young_doubt_about_a_value_the_hour_had_before_waits_for_the_day(world: World) -> None:
+    """Summaries lag: the 5 that is shown can be the first one."""
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    for sequence, value in enumerate(("5", "7"), 1):
+        world.close(gauge(value, sequence=sequence))
+        asyncio.run(scenario())
+    in_doubt_by(world, {"fault": "reset_before_apply"}, gauge("5", sequence=3))
+
+    class Lagging(StripeSink):
+        """Shows the first value for ever, and cannot send."""
+
+        async def send(self, intent: Intent) -> Answer:
+            return Answer(Meaning.UNKNOWN, "silence")
+
+        async def shown(self, intent: Intent) -> Shown | None:
+            looked.append(intent.formula)
+            return Shown(Decimal(5))
+
+    looked: list[Formula] = []
+
+    async def looking() -> None:
+        sink = Lagging(KEY, api_base=world.stripe.url, timeout_seconds=2, connections_max=4)
+        async with world.sending(sink):
+            await until(lambda: len(looked) >= 2)
+        assert world.states() == {"in_doubt": 1, "reported": 2}
+
+    world.advance(timedelta(minutes=15))
+    asyncio.run(looking())
+    asyncio.run(scenario())
+    assert [row["value"] for row in world.stripe.ledger()["rows"]] == ["5", "7", "5"]
+
+
+def test_an_archived_meter_of_the_same_name_is_not_read(world: World) -> None:
+    for status in ("inactive", "active"):
+        world.stripe.seed(
+            meters=[
+                {
+                    "id": f"mtr_{status}",
+                    "event_name": "swapped",
+                    "status": status,
+                    "default_aggregation": {"formula": "sum" if status == "inactive" else "last"},
+                }
+            ]
+        )
+    one = delta("cus_1", "4", event_name="swapped", formula="last")
+    assert read(world, one) == Shown(None)
+    assert read(world, {**one, "formula": "sum"}) is None
+
+
+# -- Too late for the invoice, or for Stripe ---------------------------------------------------------
+
+
+def test_usage_that_comes_too_late_for_its_invoice_is_given_back_and_never_sent(world: World) -> None:
+    late = delta("cus_1", "5", push_before=world.now())
+    world.close(late, delta("cus_2", "7", push_before=world.now() + HOUR), delta("cus_3", "9"))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.sql(
+        "SELECT stripe_customer, state, error_code, attempts, settled_at IS NOT NULL "
+        "FROM meter_events ORDER BY 1"
+    ) == [
+        ("cus_1", "cancelled", "period_closed", 1, True),
+        ("cus_2", "reported", None, 1, True),
+        ("cus_3", "reported", None, 1, True),
+    ]
+    assert [row["value"] for row in world.stripe.ledger()["rows"]] in (["7", "9"], ["9", "7"])
+    assert posts(world) == 2
+    assert world.bucket(late) == (0, 0, False, this_hour())
+    assert world.bucket(delta("cus_2")) == (7, 7, False, None)
+    assert world.ops_events() == []
+
+
+def test_usage_older_than_stripe_takes_is_given_back_without_a_call(world: World) -> None:
+    one, value = delta(hours_ago=36 * 24), gauge("3", hours_ago=36 * 24)
+    hour = this_hour() - 36 * 24 * HOUR
+    world.close(one, value)
+    # The item was dirty from an earlier hour; that stays.
+    world.sql(
+        "UPDATE items SET dirty_from = %s WHERE item_id = %s",
+        (hour - HOUR, uuid.UUID(bytes=value["item_id"])),
+    )
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.sql("SELECT DISTINCT state, error_code FROM meter_events") == [
+        ("cancelled", "too_old_for_stripe")
+    ]
+    assert world.stripe.stats()["requests"] == []
+    assert world.bucket(one) == (0, 0, False, hour)
+    assert world.bucket(value) == (None, 3, False, hour - HOUR)
+    assert world.ops_events() == []
+
+
+def test_usage_that_was_only_throttled_until_its_deadline_is_given_back(world: World) -> None:
+    one = delta("cus_1", "5", push_before=world.now() + HOUR)
+    world.stripe.play({"fault": "status", "status": 429, "match": {"probability": 1.0}})
+    world.close(one)
+
+    async def throttled() -> None:
+        async with world.sending():
+            await until(lambda: posts(world) >= 2)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(throttled())
+    assert world.states() == {"pending": 1}
+    world.stripe.clear_faults()
+    world.advance(HOUR)
+    asyncio.run(scenario())
+    assert world.states() == {"cancelled": 1}
+    assert world.billed() == 0
+    assert world.bucket(one) == (0, 0, False, this_hour())
+
+
+def test_what_may_have_been_applied_is_not_given_back_for_being_late(world: World) -> None:
+    one = delta("cus_1", "5", push_before=world.now() + HOUR)
+    in_doubt_by(world, {"fault": "reset_before_apply"}, one)
+    world.advance(2 * HOUR)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 1}
+    assert world.billed() == 5
+
+
+def test_a_replacement_that_comes_too_late_is_given_back_once(world: World) -> None:
+    one = delta("cus_1", "5", push_before=world.now() + HOUR)
+    in_doubt_by(world, {"fault": "reset_before_apply"}, one)
+    world.advance(timedelta(hours=24))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"cancelled": 2}
+    assert world.billed() == 0
+    assert world.bucket(one) == (0, 0, False, this_hour())
+
+
+def test_many_late_deltas_of_one_customer_are_given_back_quickly(world: World) -> None:
+    world.close(*(delta("cus_1", hours_ago=h, push_before=world.now()) for h in range(60)))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world), 10)
+
+    asyncio.run(scenario())
+    assert world.states() == {"cancelled": 60}
+    assert world.open_buckets() == 0
+
+
+def test_the_rise_of_a_max_meter_goes_back_to_its_period(world: World) -> None:
+    """The same slug of another tenant is a sum."""
+    for tenant, aggregation in (("acme", "max"), ("other", "sum")):
+        world.sql("INSERT INTO tenants (tenant_id) VALUES (%s)", (tenant,))
+        world.sql(
+            "INSERT INTO meters (tenant_id, meter, aggregation, event_name) VALUES (%s, %s, %s, %s)",
+            (tenant, EVENT, aggregation, EVENT),
+        )
+    late = world.now()
+    rises = [delta("cus_1", "5", hours_ago=1, push_before=late), delta("cus_1", "2", push_before=late)]
+    refused, summed = delta("cus_nobody", "3"), delta("cus_1", "9", tenant="other", push_before=late)
+    world.close(*rises, refused, summed)
 
     async def scenario() -> None:
         async with world.sending():
@@ -814,19 +1263,139 @@ def test_released_failures_go_back_to_their_buckets_once(world: World) -> None:
 
     asyncio.run(scenario())
     with psycopg.connect(world.dsn) as db:
+        assert journal.release_failed(db, "acme") == 1
+    assert world.states() == {"cancelled": 4}
+    assert world.bucket(rises[0]) == (None, 0, False, this_hour() - HOUR)
+    assert world.bucket(rises[1]) == (None, 0, False, this_hour() - HOUR)
+    assert world.bucket(refused) == (None, 0, False, this_hour())
+    assert world.bucket(summed) == (0, 0, False, this_hour())
+
+    def closed(one: Record) -> Decimal:
+        item = uuid.UUID(bytes=one["item_id"])
+        rows = world.sql("SELECT sum(value) FROM item_periods WHERE item_id = %s", (item,))
+        return Decimal(rows[0][0])
+
+    assert [closed(one) for one in (rises[0], refused, summed)] == [-7, -3, 0]
+
+
+def test_a_rise_without_an_item_period_stops_the_sender(world: World) -> None:
+    world.sql("INSERT INTO tenants (tenant_id) VALUES ('acme')")
+    world.sql(
+        "INSERT INTO meters (tenant_id, meter, aggregation, event_name) VALUES ('acme', %s, 'max', %s)",
+        (EVENT, EVENT),
+    )
+    world.close(delta(push_before=world.now()))
+    world.sql("DELETE FROM item_periods")
+
+    async def scenario() -> None:
+        sender = Sender(world.dsn, world.sink(), SenderConfig(call_timeout_seconds=1.0))
+        await asyncio.wait_for(sender.run(), 10)
+
+    with pytest.raises(Broken, match="item period"):
+        asyncio.run(scenario())
+    assert world.states() == {"pending": 1}
+
+
+def test_a_bucket_that_moved_to_another_period_is_settled_where_it_is_now(world: World) -> None:
+    applied, lost = delta("cus_1", "5"), delta("cus_2", "7", push_before=world.now() + timedelta(days=9))
+    in_doubt_by(world, {"fault": "reset_before_apply"}, applied, lost)
+    moved = this_hour() - 5 * HOUR
+    deadline = world.now() + timedelta(days=2)
+    world.sql("UPDATE buckets SET period_start = %s", (moved,))
+    world.sql(
+        "UPDATE meter_events SET period_start = %s, period_end = %s, push_before = %s",
+        (moved, moved + timedelta(days=7), deadline),
+    )
+    world.advance(timedelta(hours=24))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.billed() == 12
+    assert world.open_buckets() == 0
+    assert world.sql("SELECT DISTINCT period_start, period_end, push_before FROM meter_events") == [
+        (moved, moved + timedelta(days=7), deadline)
+    ]
+
+
+def test_a_bucket_that_moves_during_a_call_is_settled_where_it_is_then(world: World) -> None:
+    world.close(delta())
+    world.stripe.play({"fault": "slow", "seconds": 0.8, "match": {"probability": 1.0}})
+    moved = this_hour() - 5 * HOUR
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: world.states() == {"in_flight": 1})
+            with psycopg.connect(world.dsn) as db:
+                db.execute("UPDATE meter_events SET period_start = %s", (moved,))
+                db.execute("UPDATE buckets SET period_start = %s", (moved,))
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 1}
+    assert world.open_buckets() == 0
+
+
+# -- Operators and late reports ----------------------------------------------------------------------
+
+
+def test_released_failures_go_back_to_their_buckets_once(world: World) -> None:
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    old = delta("cus_nobody", "6", hours_ago=33 * 24)
+    world.close(delta("cus_nobody", "3"), delta("cus_1", "5"), old)
+    asyncio.run(scenario())
+    world.close(delta("cus_nobody", "4", sequence=2))
+    asyncio.run(scenario())
+    world.sql(
+        "UPDATE meter_events SET error_code = 'too_old_for_stripe' WHERE identifier = %s",
+        (old["identifier"],),
+    )
+    # A bucket that was closed again meanwhile stays open.
+    world.close(delta("cus_nobody", "2", sequence=3))
+    with psycopg.connect(world.dsn) as db:
         assert journal.release_failed(db, "other-tenant") == 0
         assert journal.release_failed(db, "acme", "storage") == 0
-        assert journal.release_failed(db, "acme", EVENT) == 2
+        assert journal.release_failed(db, "acme", EVENT) == 3
         db.commit()
         assert journal.release_failed(db, "acme") == 0
-    assert world.states() == {"cancelled": 2, "failed": 1, "reported": 1}
-    item = uuid.UUID(bytes=delta("cus_nobody")["item_id"])
-    rows = world.sql(
-        "SELECT total, closed, pushed FROM buckets WHERE item_id = %s AND hour_start = %s",
-        (item, this_hour()),
-    )
-    assert rows == [(7, 0, 0)]
-    assert world.sql("SELECT dirty_from FROM items WHERE item_id = %s", (item,)) == [(this_hour(),)]
+    assert world.states() == {"cancelled": 3, "pending": 1, "reported": 1}
+    old_hour = this_hour() - 33 * 24 * HOUR
+    assert world.bucket(delta("cus_nobody")) == (2, 2, True, old_hour)
+    assert world.bucket(old) == (0, 0, False, old_hour)
+    assert world.bucket(delta("cus_1")) == (5, 5, False, None)
+
+
+def test_a_failed_value_is_released_to_be_closed_anew(world: World) -> None:
+    one = gauge("3", customer="cus_nobody")
+    world.close(one)
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    with psycopg.connect(world.dsn) as db:
+        assert journal.release_failed(db, "acme") == 1
+    assert world.bucket(one) == (None, 3, False, this_hour())
+
+
+def test_nothing_is_released_that_has_no_place_to_go_back_to(world: World) -> None:
+    world.close(delta("cus_nobody"))
+
+    async def scenario() -> None:
+        async with world.sending():
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    world.sql("DELETE FROM buckets")
+    with pytest.raises(Broken, match="bucket"), psycopg.connect(world.dsn) as db:
+        journal.release_failed(db, "acme")
+    assert world.states() == {"failed": 1}
 
 
 def test_an_error_report_fails_a_reported_intent_once(world: World) -> None:
@@ -844,7 +1413,7 @@ def test_an_error_report_fails_a_reported_intent_once(world: World) -> None:
             assert failed == expected
     assert world.states() == {"failed": 1, "reported": 1}
     assert [(e["source"], e["subject_id"]) for e in world.ops_events()] == [("webhook", named[0])]
-    assert world.open_deltas() == 0
+    assert world.open_buckets() == 0
 
 
 # -- Another sink, and logs --------------------------------------------------------------------------
@@ -869,14 +1438,18 @@ def test_a_webhook_is_a_sink_too(world: World) -> None:
             await until(lambda: settled(world))
         await runner.cleanup()
 
-    world.close(delta("cus_1", "1.5"), delta("cus_1", "2", hours_ago=1))
+    world.close(delta("cus_1", "1.5", dimensions={"region": "eu"}), delta("cus_1", "2", hours_ago=1))
     asyncio.run(scenario())
     assert len(received) == 4
     assert world.reported() == Decimal("3.5")
     assert {key for key, _ in received} == {body["identifier"] for _, body in received}
     assert {(body["identifier"], body["value"]) for _, body in received} == {
-        (delta("cus_1")["identifier"], "1.5"),
+        (delta("cus_1", dimensions={"region": "eu"})["identifier"], "1.5"),
         (delta("cus_1", hours_ago=1)["identifier"], "2"),
+    }
+    assert {(body["value"], body["formula"], body["dimensions"].get("region")) for _, body in received} == {
+        ("1.5", "sum", "eu"),
+        ("2", "sum", None),
     }
 
 

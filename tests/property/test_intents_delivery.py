@@ -14,9 +14,11 @@ from services.pusher.intents import (
     Action,
     Answer,
     Claim,
+    Formula,
     Intent,
     Meaning,
     Policy,
+    Shown,
     State,
     Verdict,
     judge,
@@ -45,6 +47,7 @@ class Stripe:
     """Counts every effect, and forgets identifiers after a day. Summaries lag."""
 
     lag: timedelta
+    formula: Formula = Formula.SUM
     effects: list[tuple[str, Decimal, datetime]] = field(default_factory=list)
 
     def accept(self, intent: Intent, now: datetime) -> Meaning:
@@ -53,8 +56,15 @@ class Stripe:
         self.effects.append((intent.identifier, intent.amount, now))
         return Meaning.DELIVERED
 
-    def total(self, now: datetime) -> Decimal:
-        return sum((amount for _, amount, at in self.effects if at <= now - self.lag), Decimal(0))
+    def billed(self, until: datetime | None = None) -> Decimal | None:
+        """The sum, or the last value; None without usage."""
+        amounts = [amount for _, amount, at in self.effects if until is None or at <= until]
+        if not amounts:
+            return None
+        return amounts[-1] if self.formula is Formula.LAST else sum(amounts, Decimal(0))
+
+    def shown(self, now: datetime) -> Shown:
+        return Shown(self.billed(now - self.lag))
 
 
 @dataclass
@@ -81,6 +91,7 @@ class Model:
     now: datetime = START
     sent: dict[str, set[Decimal]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
+    given_back: list[Decimal] = field(default_factory=list)
 
     def step(self, event: str) -> None:
         row = self.rows[-1]
@@ -90,6 +101,7 @@ class Model:
         action = next_action(
             doubted_since=row.first_sent_at,
             event_at=row.intent.event_at,
+            push_before=row.intent.push_before,
             attempts=row.attempts,
             now=self.now,
             policy=POLICY,
@@ -97,7 +109,8 @@ class Model:
         row.attempts += 1
         claim = Claim(row.intent, action, row.attempts, row.first_sent_at, None, self.now)
         if action is Action.EXPIRE:
-            row.move(State.FAILED)
+            row.move(State.CANCELLED)
+            self.given_back.append(row.intent.amount)
             return
         row.first_sent_at = claim.doubted_from
         row.move(claim.from_state)
@@ -112,6 +125,8 @@ class Model:
     def _send(self, row: Row, claim: Claim, event: str) -> None:
         doubted = claim.doubted_since
         assert doubted is None or self.now - doubted < timedelta(hours=24), "sent again after a day in doubt"
+        invoice_open = row.intent.push_before is None or self.now < row.intent.push_before
+        assert doubted is not None or invoice_open, "a first call that comes too late for the invoice"
         assert row.intent.replaces is None or row.intent.replaces in self.asked, "replaced without a question"
         if event != "killed_before":
             self.sent.setdefault(row.intent.identifier, set()).add(row.intent.amount)
@@ -127,8 +142,8 @@ class Model:
         row.first_sent_at, row.next_attempt_at = after.first_sent_at, after.next_attempt_at
 
     def _ask(self, row: Row, claim: Claim, *, readable: bool) -> None:
-        total = self.stripe.total(self.now) if readable else None
-        verdict = judge(total, reported=Decimal(0), amount=row.intent.amount)
+        shown = self.stripe.shown(self.now) if readable else None
+        verdict = judge(shown, reported=Decimal(0), amount=row.intent.amount, formula=row.intent.formula)
         self.asked.add(row.intent.identifier)
         if verdict is Verdict.APPLIED:
             row.move(State.REPORTED)
@@ -141,7 +156,7 @@ class Model:
             )
 
 
-def intent(amount: Decimal) -> Intent:
+def intent(amount: Decimal, formula: Formula = Formula.SUM, push_within: timedelta | None = None) -> Intent:
     return Intent(
         identifier="d1",
         item_id="00" * 16,
@@ -156,9 +171,12 @@ def intent(amount: Decimal) -> Intent:
         value_payload_key="value",
         amount=amount,
         event_at=START,
+        formula=formula,
+        push_before=None if push_within is None else START + push_within,
     )
 
 
+push_within = st.one_of(st.none(), st.integers(0, 5 * 86_400).map(lambda seconds: timedelta(seconds=seconds)))
 steps = st.lists(
     st.tuples(
         st.sampled_from(EVENTS),
@@ -173,33 +191,45 @@ steps = st.lists(
     steps=steps,
     amount=st.decimals("-1000", "1000", places=3).filter(bool),
     lag=st.integers(0, 50).map(lambda minutes: timedelta(minutes=minutes)),
+    formula=st.sampled_from(Formula),
+    push_within=push_within,
 )
 def test_no_sequence_of_answers_and_kills_bills_twice_or_forgets(
-    steps: list[tuple[str, timedelta]], amount: Decimal, lag: timedelta
+    steps: list[tuple[str, timedelta]],
+    amount: Decimal,
+    lag: timedelta,
+    formula: Formula,
+    push_within: timedelta | None,
 ) -> None:
-    model = Model(Stripe(lag), [Row(intent(amount))])
+    model = Model(Stripe(lag, formula), [Row(intent(amount, formula, push_within))])
     for event, pause in steps:
         model.step(event)
         model.now += pause
-    billed = sum((value for _, value, _ in model.stripe.effects), Decimal(0))
+    billed = model.stripe.billed()
     last = model.rows[-1]
-    assert billed in (Decimal(0), amount)
+    assert billed in (None, amount)
     assert all(len(amounts) == 1 for amounts in model.sent.values())
     assert len(model.rows) <= 2
     assert all(row.state is State.CANCELLED for row in model.rows[:-1])
     if last.state is State.REPORTED:
         assert billed == amount
-    if last.state in (State.FAILED, State.PENDING):
-        assert billed == 0
+    if last.state in (State.FAILED, State.PENDING, State.CANCELLED):
+        assert billed is None
+    assert model.given_back == ([amount] if last.state is State.CANCELLED else [])
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps=steps, amount=st.decimals("0.001", "1000", places=3))
-def test_once_the_world_is_well_again_every_delta_is_billed_exactly_once(
-    steps: list[tuple[str, timedelta]], amount: Decimal
+@given(
+    steps=steps,
+    amount=st.decimals("0.001", "1000", places=3),
+    formula=st.sampled_from(Formula),
+    push_within=push_within,
+)
+def test_once_the_world_is_well_again_every_delta_is_billed_exactly_once_or_given_back(
+    steps: list[tuple[str, timedelta]], amount: Decimal, formula: Formula, push_within: timedelta | None
 ) -> None:
     """Unless it was refused with certainty, or its one replacement got lost as well."""
-    model = Model(Stripe(timedelta(minutes=5)), [Row(intent(amount))])
+    model = Model(Stripe(timedelta(minutes=5), formula), [Row(intent(amount, formula, push_within))])
     for event, pause in steps:
         model.step(event)
         model.now += pause
@@ -209,6 +239,6 @@ def test_once_the_world_is_well_again_every_delta_is_billed_exactly_once(
     if last.state is State.IN_DOUBT:
         assert last.intent.replaces is not None and not model.stripe.effects
     else:
-        assert last.state in (State.REPORTED, State.FAILED)
-    billed = sum((value for _, value, _ in model.stripe.effects), Decimal(0))
-    assert billed == (amount if last.state is State.REPORTED else 0)
+        assert last.state in (State.REPORTED, State.FAILED, State.CANCELLED)
+    assert model.stripe.billed() == (amount if last.state is State.REPORTED else None)
+    assert model.given_back == ([amount] if last.state is State.CANCELLED else [])

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from services.cli.apply import parse_document
+from services.cli.apply import MeterSpec, StripeMeter, parse_document
 from services.cli.common import MISUSED, UNAVAILABLE
 from services.cli.main import app
 from services.wire.errors import Misconfigured
@@ -54,7 +54,10 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
 def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
-    wanted = ("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume")
+    wanted = (
+        *("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume"),
+        *("periods changes", "periods carried"),
+    )
     assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
 
 
@@ -98,6 +101,8 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("retry-failed --tenant acme", "no PostgreSQL address"),
         ("adjustments list", "no PostgreSQL address"),
         ("adjustments approve x", "no PostgreSQL address"),
+        ("periods changes", "no PostgreSQL address"),
+        ("periods carried", "no PostgreSQL address"),
         ("keys list", "no PostgreSQL address"),
         ("keys create --scope ingest", "--tenant is needed"),
         ("keys create --scope admin", "no PostgreSQL address"),
@@ -125,6 +130,8 @@ def test_misuse_is_one_sentence_that_says_what_to_do(
         "nothing",
         "retry-failed",
         "adjustments approve",
+        "adjustments list --state open",
+        "periods changes --limit 0",
         "keys create --tenant acme",
         "keys create --tenant acme --scope everything",
         "keys create --tenant acme --scope ingest --expires-days 0",
@@ -148,7 +155,16 @@ def test_a_setting_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     "line",
-    ["resume", "keys list", "adjustments list", "retry-failed --tenant acme", "keys create --scope admin"],
+    [
+        *(
+            "resume",
+            "keys list",
+            "adjustments list",
+            "retry-failed --tenant acme",
+            "keys create --scope admin",
+        ),
+        *("periods changes", "periods carried"),
+    ],
 )
 def test_a_database_that_is_away_is_status_3_and_not_misuse(
     line: str, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +197,23 @@ def test_the_example_configuration_is_valid() -> None:
     assert [tenant.id for tenant in document.tenants] == ["demo"]
 
 
+def test_the_example_configuration_shows_every_aggregation_and_every_kind_of_period() -> None:
+    (tenant,) = parse_document((ROOT / "deploy/example.yaml").read_text()).tenants
+    assert {meter.aggregation for meter in tenant.meters} == {"sum", "count", "max", "last", "unique"}
+    assert tenant.meters[0] == MeterSpec(
+        slug="requests", unit="request", stripe=StripeMeter(event_name="requests")
+    )
+    assert [customer.calendar(tenant.timezone, None) for customer in tenant.customers] == [
+        None,
+        "1 month America/New_York",
+        "1 month Europe/Budapest 2026-01-31T13:37:42Z",
+    ]
+
+
 METER = "tenants: [{id: a, meters: [{slug: m, stripe: {event_name: e}, %s}]}]"
+CUSTOMER = "tenants: [{id: a, timezone: Asia/Tokyo, customers: [{ref: c, %s}]}]"
+FIRST_METER = "tenants.0.meters.0"
+ANCHOR = "tenants.0.customers.0.subscription.anchor: must be a full second with an offset"
 
 
 @pytest.mark.parametrize(
@@ -197,14 +229,95 @@ METER = "tenants: [{id: a, meters: [{slug: m, stripe: {event_name: e}, %s}]}]"
         (METER % "lateness: 36d", "tenants.0.meters.0.lateness"),
         (METER % "lateness: soon", "tenants.0.meters.0.lateness"),
         (METER % "scale: 10", "tenants.0.meters.0.scale"),
-        (METER % "aggregation: max", "tenants.0.meters.0.aggregation"),
+        (METER % "aggregation: median", "tenants.0.meters.0.aggregation"),
+        (METER % "value: price", f"{FIRST_METER}.value: must be quantity, or properties. and the name"),
+        (METER % "value: properties.", f"{FIRST_METER}.value: a property's name has 1 to 100 characters"),
+        (METER % f"value: properties.{'x' * 101}", f"{FIRST_METER}.value"),
+        (METER % "dimensions: region", f"{FIRST_METER}.dimensions"),
+        (METER % "dimensions: [a, b, c, d, e, f]", f"{FIRST_METER}.dimensions"),
+        (METER % "dimensions: [region, region]", f"{FIRST_METER}.dimensions: names a property twice"),
+        (METER % 'dimensions: [""]', f"{FIRST_METER}.dimensions: a property's name has"),
+        (METER % 'dimensions: ["a\\u0001"]', f"{FIRST_METER}.dimensions: a property's name has"),
+        (
+            METER % "dimensions: [value]",
+            f"{FIRST_METER}: the dimension value is also a key of stripe: rename",
+        ),
+        (METER % "dimensions: [stripe_customer_id]", f"{FIRST_METER}: the dimension stripe_customer_id is"),
+        (METER % "aggregation: unique", f"{FIRST_METER}: aggregation unique counts the distinct values"),
+        (METER % "aggregation: unique, value: quantity", "add value: properties.NAME"),
+        (
+            METER % "aggregation: count, value: properties.x",
+            f"{FIRST_METER}: aggregation count counts events",
+        ),
+        (METER % "aggregation: last, dimensions: [x]", f"{FIRST_METER}: aggregation last cannot have dim"),
+        (METER % "aggregation: last, late_policy: carry_forward", f"{FIRST_METER}: aggregation last cannot"),
         (METER % "late_policy: drop", "tenants.0.meters.0.late_policy"),
         ("tenants: [{id: a, customers: [{ref: ''}]}]", "tenants.0.customers.0.ref"),
+        (CUSTOMER % "timezone: Mars", "tenants.0.customers.0.timezone: unknown time zone 'Mars'"),
+        (
+            CUSTOMER % "timezone: UTC 2026-01-31T13:37:42Z",
+            "tenants.0.customers.0.timezone: unknown time zone",
+        ),
+        (CUSTOMER % "subscription: {}", "tenants.0.customers.0.subscription.anchor"),
+        (CUSTOMER % "subscription: {anchor: 2026-01-31}", ANCHOR),
+        (CUSTOMER % "subscription: {anchor: 2026-01-31T13:37:42}", ANCHOR),
+        (CUSTOMER % "subscription: {anchor: 2026-01-31T13:37:42.5Z}", ANCHOR),
+        (CUSTOMER % "subscription: {anchor: 1769866662}", ANCHOR),
+        (
+            CUSTOMER % "subscription: {anchor: '31 January'}",
+            "subscription.anchor: must look like 2026-01-31T",
+        ),
+        (CUSTOMER % "subscription: {anchor: '2026-01-31T13:37:42'}", "anchor: needs an offset from UTC"),
+        (
+            CUSTOMER % "subscription: {anchor: 1969-01-31T13:37:42Z}",
+            "customers.0.subscription: the anchor 1969",
+        ),
+        (CUSTOMER % "subscription: {anchor: 2026-01-31T13:37:42Z, interval: hour}", "subscription.interval"),
+        (
+            CUSTOMER % "subscription: {anchor: 2026-01-31T13:37:42Z, interval_count: 0}",
+            "tenants.0.customers.0.subscription: a period cannot be 0 months long; use a count of 1 to 365",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_the_path_of_its_first_wrong_field(text: str, named: str) -> None:
     with pytest.raises(Misconfigured, match=re.escape(named)):
         parse_document(text)
+
+
+ANCHORED = "1 month Asia/Tokyo 2026-01-31T13:37:42Z"
+
+
+@pytest.mark.parametrize(
+    ("fields", "stored", "calendar"),
+    [
+        ("stripe: cus_1", None, None),
+        ("timezone: Europe/Budapest", None, "1 month Europe/Budapest"),
+        ("subscription: {anchor: 2026-01-31T13:37:42Z}", None, ANCHORED),
+        ("subscription: {anchor: '2026-01-31T22:37:42+09:00'}", None, ANCHORED),
+        ("subscription: {anchor: 2026-01-31T22:37:42+09:00}", None, ANCHORED),
+        (
+            "timezone: UTC, subscription: {anchor: 2026-01-31T13:37:42Z, interval: week, interval_count: 2}",
+            ANCHORED,
+            "2 week UTC 2026-01-31T13:37:42Z",
+        ),
+        # What the file does not name stays.
+        ("stripe: cus_1", ANCHORED, ANCHORED),
+        ("stripe: cus_1", "1 month UTC", "1 month UTC"),
+        ("timezone: UTC", ANCHORED, "1 month UTC 2026-01-31T13:37:42Z"),
+        ("timezone: UTC", "2 week Asia/Tokyo 2026-01-31T13:37:42Z", "2 week UTC 2026-01-31T13:37:42Z"),
+        ("timezone: UTC", "1 month Europe/Budapest", "1 month UTC"),
+        # What it names as nothing is taken away.
+        ("subscription: null", ANCHORED, None),
+        ("subscription: null, timezone: UTC", ANCHORED, "1 month UTC"),
+        ("timezone: null", "1 month UTC", None),
+        ("timezone: null", "1 month UTC 2026-01-31T13:37:42Z", ANCHORED),
+    ],
+)
+def test_a_customers_periods_are_those_that_the_file_names_or_else_the_stored_ones(
+    fields: str, stored: str | None, calendar: str | None
+) -> None:
+    (tenant,) = parse_document(CUSTOMER % fields).tenants
+    assert tenant.customers[0].calendar(tenant.timezone, stored) == calendar
 
 
 def test_a_configuration_can_come_from_standard_input() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -10,17 +11,23 @@ import pytest
 from services.pusher.intents import (
     AFTER,
     OPEN,
+    PERIOD_CLOSED,
+    TOO_OLD,
     TRANSITIONS,
     Action,
     Answer,
     Claim,
+    Formula,
     Intent,
     Meaning,
     Policy,
+    Shown,
     State,
     Verdict,
+    expired_because,
     full_jitter,
     given_back,
+    intent_of,
     judge,
     next_action,
     next_state,
@@ -28,6 +35,7 @@ from services.pusher.intents import (
     settlement_of,
 )
 from services.wire.errors import Broken
+from upcasters.usage_delta_v1_to_v2 import upcast
 
 NOW = datetime(2026, 3, 10, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -52,10 +60,17 @@ def claim(doubted_since: datetime | None = None, action: Action = Action.SEND) -
     return Claim(INTENT, action, 1, doubted_since, None, NOW)
 
 
-def action_at(age: timedelta | None, *, attempts: int = 1, event_age: timedelta = timedelta()) -> Action:
+def action_at(
+    age: timedelta | None,
+    *,
+    attempts: int = 1,
+    event_age: timedelta = timedelta(),
+    push_before: datetime | None = None,
+) -> Action:
     return next_action(
         doubted_since=None if age is None else NOW - age,
         event_at=NOW - event_age,
+        push_before=push_before,
         attempts=attempts,
         now=NOW,
         policy=Policy(),
@@ -134,6 +149,82 @@ def test_usage_expires_only_while_it_was_never_sent() -> None:
     assert action_at(timedelta(hours=1), event_age=timedelta(days=36)) is Action.SEND
 
 
+def test_usage_that_comes_too_late_for_its_invoice_expires_only_while_it_was_never_sent() -> None:
+    second = timedelta(seconds=1)
+    assert action_at(None, push_before=NOW + second) is Action.SEND
+    assert action_at(None, push_before=NOW) is Action.EXPIRE
+    assert action_at(timedelta(hours=1), push_before=NOW - DAY) is Action.SEND
+    assert action_at(timedelta(hours=24), push_before=NOW - DAY) is Action.ASK
+
+
+def test_an_expiry_has_a_code() -> None:
+    def code(event_age: timedelta, push_before: datetime | None) -> str | None:
+        return expired_because(event_at=NOW - event_age, push_before=push_before, now=NOW, policy=Policy())
+
+    assert code(DAY, None) is None
+    assert code(DAY, NOW) == PERIOD_CLOSED
+    assert code(36 * DAY, None) == code(36 * DAY, NOW) == TOO_OLD
+
+
+def test_what_was_never_sent_can_be_cancelled_and_never_fails() -> None:
+    assert TRANSITIONS[State.PENDING] == {State.IN_FLIGHT, State.CANCELLED}
+
+
+def test_the_deadline_is_the_invoice_s_or_else_the_end_of_the_period() -> None:
+    assert INTENT.deadline == INTENT.period_end
+    assert replace(INTENT, push_before=NOW).deadline == NOW
+
+
+def test_an_intent_keeps_its_dimensions_to_itself_and_can_be_hashed() -> None:
+    given = {"region": "eu"}
+    one = replace(INTENT, dimensions=given)
+    given["region"] = "us"
+    assert one.dimensions == {"region": "eu"}
+    assert one != INTENT
+    assert len({one, INTENT}) == 2
+    with pytest.raises(TypeError):
+        one.dimensions["region"] = "us"  # type: ignore[index]
+
+
+DELTA_V1 = {
+    "identifier": "d1",
+    "item_id": bytes(16),
+    "tenant_id": "acme",
+    "customer_ref": "one",
+    "meter": "calls",
+    "stripe_customer": "cus_1",
+    "event_name": "calls",
+    "customer_payload_key": "stripe_customer_id",
+    "value_payload_key": "value",
+    "period_start": 0,
+    "period_end": 2_000_000,
+    "hour_start": 0,
+    "event_at": 1_500_000,
+    "sequence": 1,
+    "amount": (5 * 10**9).to_bytes(16, "big", signed=True),
+    "closed_at": 0,
+}
+
+
+def test_a_delta_of_version_1_has_no_dimensions_is_summed_and_has_no_invoice() -> None:
+    one = intent_of(upcast(DELTA_V1))
+    assert (one.dimensions, one.formula, one.push_before) == ({}, Formula.SUM, None)
+    assert one.event_at == datetime(1970, 1, 1, 0, 0, 1, 500_000, tzinfo=UTC)
+
+
+def test_a_delta_of_version_2_says_all_three() -> None:
+    one = intent_of(
+        upcast(DELTA_V1) | {"dimensions": {"region": "eu"}, "formula": "last", "push_before": 5_000_000}
+    )
+    assert (one.dimensions, one.formula) == ({"region": "eu"}, Formula.LAST)
+    assert one.push_before == datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)
+
+
+def test_a_dimension_that_the_journal_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="NUL"):
+        intent_of(upcast(DELTA_V1) | {"dimensions": {"region": "e\x00u"}})
+
+
 def test_the_next_turn_never_falls_between_the_last_resend_and_the_first_question() -> None:
     policy = Policy()
     first = NOW - timedelta(hours=22, minutes=59, seconds=59)
@@ -154,13 +245,40 @@ def test_the_next_turn_never_falls_between_the_last_resend_and_the_first_questio
     ],
 )
 def test_a_total_proves_only_what_it_equals(total: str | None, verdict: Verdict) -> None:
-    seen = None if total is None else Decimal(total)
+    seen = None if total is None else Shown(Decimal(total))
     assert judge(seen, reported=Decimal(7), amount=Decimal(5)) is verdict
+
+
+def test_no_usage_shown_is_a_sum_of_0() -> None:
+    assert judge(Shown(None), reported=Decimal(0), amount=Decimal(5)) is Verdict.NOT_APPLIED
+    assert judge(Shown(None), reported=Decimal(5), amount=Decimal(-5)) is Verdict.APPLIED
+    assert judge(Shown(None), reported=Decimal(7), amount=Decimal(5)) is Verdict.UNCLEAR
+
+
+@pytest.mark.parametrize(
+    ("shown", "amount", "verdict"),
+    [
+        (Shown(Decimal("5")), "5", Verdict.APPLIED),
+        (Shown(Decimal("5.0000000000001")), "5", Verdict.APPLIED),
+        (Shown(Decimal("7")), "5", Verdict.NOT_APPLIED),
+        (Shown(Decimal("12")), "5", Verdict.NOT_APPLIED),
+        (Shown(Decimal("0")), "0", Verdict.APPLIED),
+        (Shown(Decimal("0.000000001")), "0", Verdict.NOT_APPLIED),
+        (Shown(None), "0", Verdict.NOT_APPLIED),
+        (Shown(None), "5", Verdict.NOT_APPLIED),
+        (None, "5", Verdict.UNREADABLE),
+    ],
+)
+def test_the_value_of_an_hour_is_the_amount_or_is_not(
+    shown: Shown | None, amount: str, verdict: Verdict
+) -> None:
+    seen = judge(shown, reported=Decimal(7), amount=Decimal(amount), formula=Formula.LAST)
+    assert seen is verdict
 
 
 def test_an_amount_lost_in_the_rounding_of_doubles_proves_nothing() -> None:
     huge = Decimal(10**15)
-    assert judge(huge, reported=huge, amount=Decimal("0.000000001")) is Verdict.UNCLEAR
+    assert judge(Shown(huge), reported=huge, amount=Decimal("0.000000001")) is Verdict.UNCLEAR
 
 
 def test_the_replacement_has_another_identifier_always_the_same_and_only_once() -> None:

@@ -10,7 +10,14 @@ from schemas.catalog import current, released
 from services.counters.prepare import Parked, Prepared, Preparer, parked_rows
 from services.wire.codec import SCHEMA_HEADER, Decoder, Encoder
 from services.wire.topics import DEAD_LETTERS, OPS, UPCAST_FAILURES
-from services.wire.usage import FUTURE_TOLERANCE_US, QUANTITY_MAX, content_digest, event_id_hash
+from services.wire.usage import (
+    FUTURE_TOLERANCE_US,
+    QUANTITY_MAX,
+    content_digest,
+    event_id_hash,
+    item_id_hash,
+    value_hash,
+)
 from tests.records import ARRIVAL_US, UNIT, Raw, chunk_of, configuration, encoded, meter, v3
 from upcasters.chain import Step, Upcasters, upcasters
 
@@ -40,12 +47,13 @@ def only_parked(prepared: Prepared) -> Parked:
 
 def test_a_good_event_is_identified_measured_and_put_to_its_item() -> None:
     prepared = prepare(encoded(v3()))
-    ((index, event_id, digest, item, occurred, quantity),) = prepared.events
+    ((index, event_id, digest, item, occurred, quantity, key),) = prepared.events
 
-    assert (index, occurred, quantity) == (0, ARRIVAL_US, 5 * UNIT)
+    assert (index, occurred, quantity, key) == (0, ARRIVAL_US, 5 * UNIT, "evt-1")
     assert event_id == event_id_hash("acme", "evt-1")
     assert digest == content_digest(v3())
     assert (item.meter.tenant_id, item.customer_ref, item.meter.meter) == ("acme", "cust-1", "requests")
+    assert (item.item_id, item.dimensions) == (item_id_hash("acme", "cust-1", "requests"), ())
     assert not prepared.parked
 
 
@@ -102,6 +110,136 @@ def test_a_meter_may_allow_negative_quantities() -> None:
 def test_a_counting_meter_counts_events_whatever_their_quantity() -> None:
     prepared = prepare(encoded(v3(quantity=77)), aggregation="count")
     assert [event[5] for event in prepared.events] == [UNIT]
+
+
+def of_property(text: str | None, aggregation: str = "sum", **changes: Any) -> Prepared:
+    """One event of a meter that measures the property `size`; its quantity is 77."""
+    record = v3(quantity=77 * UNIT, properties={} if text is None else {"size": text, "other": "8"})
+    return prepare(encoded(record), aggregation=aggregation, value_property="size", **changes)
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "max", "last"])
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("5", 5 * UNIT),
+        ("0", 0),
+        ("12.5", 12_500_000_000),
+        ("0.000000001", 1),
+        ("1e3", 1000 * UNIT),
+        ("007", 7 * UNIT),
+        (str(QUANTITY_MAX), QUANTITY_MAX * UNIT),
+    ],
+)
+def test_a_meter_may_measure_a_property_instead_of_the_quantity(
+    aggregation: str, text: str, amount: int
+) -> None:
+    assert [event[5] for event in of_property(text, aggregation).events] == [amount]
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "count", "max", "last"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "value_missing"),
+        ("", "value_missing"),
+        (" ", "value_missing"),
+        ("many", "value_not_a_number"),
+        ("1,5", "value_not_a_number"),
+        ("0x10", "value_not_a_number"),
+        ("5\x00", "value_not_a_number"),
+        ("\N{ARABIC-INDIC DIGIT FIVE}", "value_not_a_number"),
+        ("NaN", "value_not_finite"),
+        ("-Infinity", "value_not_finite"),
+        ("-0", "value_negative_zero"),
+        ("-1", "value_negative"),
+        (str(QUANTITY_MAX + 1), "value_out_of_range"),
+        ("1e999999999", "value_out_of_range"),
+        ("0.0000000001", "value_too_precise"),
+    ],
+)
+def test_a_property_that_cannot_be_measured_is_a_dead_letter_with_its_reason(
+    aggregation: str, text: str | None, reason: str
+) -> None:
+    parked = only_parked(of_property(text, aggregation))
+    assert (parked.outcome, parked.stage, parked.reason) == ("dead_lettered", "validate", reason)
+
+
+def test_a_property_may_be_negative_where_the_meter_allows_it() -> None:
+    assert [event[5] for event in of_property("-2.5", allow_negative=True).events] == [-2_500_000_000]
+
+
+def test_a_meter_that_counts_events_with_a_property_counts_each_as_one_whatever_it_says() -> None:
+    assert [event[5] for event in of_property("12.5", "count").events] == [UNIT]
+
+
+def test_a_quantity_that_no_meter_takes_is_refused_though_a_property_is_measured() -> None:
+    record = v3(quantity=(QUANTITY_MAX * UNIT) + 1, properties={"size": "5"})
+    assert only_parked(prepare(encoded(record), value_property="size")).reason == "quantity_out_of_range"
+
+
+def test_a_meter_of_distinct_values_takes_any_text_and_knows_it_again() -> None:
+    texts = ["ann", "Ann", "ann ", "0", "00", " ", "\N{SNOWMAN}", "\x00", "x" * 500]
+    amounts = [of_property(text, "unique").events[0][5] for text in texts]
+    assert amounts == [value_hash(text) for text in texts]
+    assert len(set(amounts)) == len(texts)
+    assert all(0 <= amount < 2**128 for amount in amounts)
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_distinct_value_that_is_missing_is_a_dead_letter(text: str | None) -> None:
+    assert only_parked(of_property(text, "unique")).reason == "value_missing"
+
+
+def test_dimensions_split_an_item_by_their_values_in_the_order_of_the_meter() -> None:
+    shapes = [
+        {"region": "eu", "tier": "gold"},
+        {"tier": "gold", "region": "eu", "other": "x"},
+        {"region": "us", "tier": "gold"},
+        {"region": "gold", "tier": "eu"},
+    ]
+    values = [
+        encoded(v3(idempotency_key=f"evt-{number}", properties=properties))
+        for number, properties in enumerate(shapes)
+    ]
+    prepared = prepare(*values, dimensions=("region", "tier"))
+    items = [event[3] for event in prepared.events]
+
+    assert [item.dimensions for item in items] == [
+        ("eu", "gold"),
+        ("eu", "gold"),
+        ("us", "gold"),
+        ("gold", "eu"),
+    ]
+    assert items[0] is items[1]
+    assert len({item.item_id for item in items}) == 3
+    assert items[0].item_id == item_id_hash("acme", "cust-1", "requests", "eu", "gold")
+    assert {item.account for item in items} == {prepared.accounts["acme", "requests"]}
+
+
+def test_values_of_dimensions_that_join_to_the_same_text_are_two_items() -> None:
+    values = [
+        encoded(v3(idempotency_key=f"evt-{number}", properties={"a": first, "b": second}))
+        for number, (first, second) in enumerate([("x", "1:y"), ("x1", ":y"), ("x1:y", "z"), ("x", "yz")])
+    ]
+    prepared = prepare(*values, dimensions=("a", "b"))
+    assert len({event[3].item_id for event in prepared.events}) == 4
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [{}, {"tier": "gold"}, {"region": "", "tier": "gold"}, {"region": "e\x00u", "tier": "gold"}],
+    ids=["none", "one of two", "empty", "with a NUL"],
+)
+def test_an_event_without_a_value_for_each_dimension_is_a_dead_letter(properties: dict[str, str]) -> None:
+    record = encoded(v3(properties=properties))
+    assert only_parked(prepare(record, dimensions=("region", "tier"))).reason == "dimension_missing"
+
+
+def test_a_dimension_may_be_the_property_that_is_measured() -> None:
+    record = encoded(v3(properties={"size": "5"}))
+    (event,) = prepare(record, dimensions=("size",), value_property="size").events
+    assert (event[3].dimensions, event[5]) == (("5",), 5 * UNIT)
 
 
 def test_an_event_without_a_time_has_its_arrival_time_and_the_same_content_when_retried_later() -> None:
@@ -234,9 +372,11 @@ def test_preparing_is_pure() -> None:
     assert shape(prepare(*mixed())) == shape(prepare(*mixed()))
 
 
-def test_the_key_of_an_event_can_be_read_again() -> None:
-    assert PREPARER.idempotency_key(chunk_of([encoded(v3(idempotency_key="evt-9"))]), 0) == "evt-9"
-    assert PREPARER.idempotency_key(chunk_of([encoded(V1, 1)], 1), 0) == "evt-1"
+def test_the_key_of_an_event_is_kept_as_it_was_sent_by_any_release() -> None:
+    assert [event[6] for event in prepare(encoded(v3(idempotency_key="evt-\N{SNOWMAN}"))).events] == [
+        "evt-\N{SNOWMAN}"
+    ]
+    assert [event[6] for event in prepare(encoded(V1, 1), version=1).events] == ["evt-1"]
 
 
 def test_a_parked_record_keeps_its_bytes_and_says_where_it_came_from() -> None:

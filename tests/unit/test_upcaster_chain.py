@@ -197,6 +197,6 @@ def test_the_start_up_check_runs_every_corpus_record() -> None:
 
 
 def test_the_start_up_check_names_the_file_that_does_not_come_through() -> None:
-    chain = Upcasters([step(1, 2, broken), step(2, 3, v2_to_v3)], CURRENT_VERSIONS)
+    chain = Upcasters([step(1, 2, broken), step(2, 3, v2_to_v3)], {**CURRENT_VERSIONS, "usage_delta": 1})
     with pytest.raises(ChainError, match=r"v1-release-0\.1\.avro: UpcasterFailed: usage_event v1→v2"):
         check_chain(chain)
