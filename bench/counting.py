@@ -25,18 +25,15 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +50,16 @@ from confluent_kafka.admin import AdminClient
 from rich.table import Table
 
 from bench.generator import METERS, TENANT, Load, produce
+from bench.processes import START_SECONDS_MAX, ContestantFailed, Progress, started
+from bench.processes import Contestant as Process
+from bench.product import own_topics
 from bench.results import versions
-from bench.rivals import FIRST, HOUR_PREFIX, HOUR_US, SUMS_TABLE, Job
+from bench.rivals import HOUR_PREFIX, HOUR_US, SUMS_TABLE, Job
 from bench.servers import Servers, fresh_database
 from services.streaming.chunks import Partition
 from services.streaming.lag import log_ends
 from services.wire.codec import Decoder
 from services.wire.errors import Misconfigured
-from services.wire.settings import load_settings
-from services.wire.topics import USAGE_CURRENT, create_topics, plan_topics
 
 KEY = "counting"
 EVENTS = 300_000
@@ -70,19 +68,13 @@ DUPLICATES = 0.02
 ROUNDS_MIN, ROUNDS_MAX = 2, 3
 #: A third round is run when it is likely to end before this.
 ROUNDS_SECONDS = 150.0
-START_SECONDS_MAX = 90.0
 RUN_SECONDS_MAX = 600.0
-STALL_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.05
 #: Names a Python with Quix Streams, which wants an older client for Kafka than we do.
 QUIX_PYTHON = "TIDEMETER_BENCH_QUIX_PYTHON"
 
 #: Sums in billionths by (customer, meter, start of the hour in microseconds).
 Sums = dict[tuple[str, str, int], int]
-
-
-class ContestantFailed(Exception):
-    """A contestant ended or stood still; the message has its last words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,39 +275,14 @@ CONTESTANTS = (
 
 @contextmanager
 def laid_out(servers: Servers, *, events: int, seed: int) -> Iterator[Field]:
-    """A new topic with ``events`` events in it. On given servers all topics with its name go in the end.
-
-    The consumer groups go with their topics: Kafka forgets a group that has neither members nor offsets.
-    """
-    name = f"tidemeter-bench-{secrets.token_hex(4)}"
-    settings = load_settings()
-    plans = plan_topics(
-        partitions=PARTITIONS,
-        replication=settings.topic_replication,
-        min_insync_replicas=settings.min_insync_replicas,
-        usage_retention_days=-1,
-    )
-    plan = replace(next(plan for plan in plans if plan.name == USAGE_CURRENT), name=f"{name}-usage")
-    try:
-        create_topics(servers.bootstrap, [plan])
-        load = produce(servers.bootstrap, plan.name, events=events, seed=seed, duplicates=DUPLICATES)
+    """A new topic with ``events`` events in it. On given servers all topics with its name go in the end."""
+    with own_topics(servers, partitions=PARTITIONS, outputs=False) as topic:
+        load = produce(servers.bootstrap, topic, events=events, seed=seed, duplicates=DUPLICATES)
         admin = AdminClient({"bootstrap.servers": servers.bootstrap, "log_level": 0})
-        tps = [Partition(plan.name, partition) for partition in range(PARTITIONS)]
-        ends = log_ends(admin, tps)
+        ends = log_ends(admin, [Partition(topic, partition) for partition in range(PARTITIONS)])
         if sum(ends.values()) != events:
             raise ContestantFailed(f"{events} events were sent, the topic holds {sum(ends.values())}")
-        yield Field(servers, name, plan.name, ends, load, admin)
-    finally:
-        if servers.given:
-            _remove_topics(servers.bootstrap, name)
-
-
-def _remove_topics(bootstrap: str, name: str) -> None:
-    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-    ours = [topic for topic in admin.list_topics(timeout=10).topics if name in topic]
-    if ours:
-        for future in admin.delete_topics(ours, operation_timeout=30).values():
-            future.result(START_SECONDS_MAX)
+        yield Field(servers, topic.removesuffix("-usage"), topic, ends, load, admin)
 
 
 def _configure_meters(dsn: str) -> None:
@@ -371,78 +338,20 @@ def _start_group_at(field: Field, group: str, starts: dict[Partition, int]) -> N
 
 def _timed(field: Field, contestant: Contestant, job: Job) -> float:
     """Seconds from the first event in hand to everything committed; the process is gone afterwards."""
-    errors = Path(job.directory) / "stderr"
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with errors.open("wb") as stderr:
-        process = subprocess.Popen(
-            [contestant.python(), "-m", contestant.module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            cwd=job.directory,
-            env={**os.environ, "PYTHONPATH": path},
-            text=True,
-        )
-    try:
-        first = _First(process)
-        with suppress(BrokenPipeError):
-            assert process.stdin is not None
-            process.stdin.write(job.line())
-            process.stdin.close()
-        started_s = first.wait(START_SECONDS_MAX)
-        if started_s is None:
-            raise ContestantFailed(
-                f"{contestant.title} never had an event in hand{_last_words(process, errors)}"
-            )
-        ended_s = _await_all(field, contestant, job, process, errors)
-        return ended_s - started_s
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    with started(contestant.title, contestant.module, job, contestant.python()) as process:
+        started_s = process.await_first()
+        return _await_all(field, job, process) - started_s
 
 
-class _First:
-    """Reads a contestant's standard output to its end, and notes when ``first`` came."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._came = threading.Event()
-        self._at_s: float | None = None
-        threading.Thread(target=self._read, daemon=True, name="first").start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if FIRST in line and self._at_s is None:
-                self._at_s = time.monotonic()
-                self._came.set()
-        self._came.set()
-
-    def wait(self, timeout_s: float) -> float | None:
-        """When it came; None if the process ended or the time ran out before."""
-        self._came.wait(timeout_s)
-        return self._at_s
-
-
-def _await_all(
-    field: Field, contestant: Contestant, job: Job, process: subprocess.Popen[str], errors: Path
-) -> float:
+def _await_all(field: Field, job: Job, process: Process) -> float:
     """Poll the group's committed offsets until they reach the end of the topic; when that was seen."""
-    moved_s, last = time.monotonic(), 0
-    deadline_s = moved_s + RUN_SECONDS_MAX
+    progress = Progress(process, sum(field.ends.values()), "offsets")
     while True:
         committed = _committed(field.admin, job)
         now_s = time.monotonic()
         if committed == field.ends:
             return now_s
-        if sum(committed.values()) > last:
-            moved_s, last = now_s, sum(committed.values())
-        if process.poll() is not None or now_s > deadline_s or now_s - moved_s > STALL_SECONDS_MAX:
-            raise ContestantFailed(
-                f"{contestant.title} stopped at {last} of {sum(field.ends.values())} offsets"
-                + _last_words(process, errors)
-            )
+        progress.at(sum(committed.values()))
         time.sleep(POLL_SECONDS)
 
 
@@ -462,13 +371,6 @@ def _committed(admin: AdminClient, job: Job) -> dict[Partition, int]:
         for tp in found
         if tp.topic == job.topic and tp.offset >= 0
     }
-
-
-def _last_words(process: subprocess.Popen[str], errors: Path) -> str:
-    status = process.poll()
-    state = "still running" if status is None else f"exit status {status}"
-    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-    return f" ({state})" + "".join(f"\n    {line}" for line in lines)
 
 
 # -- The benchmark ---------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ import aiohttp
 import psutil
 from litestar import Litestar
 
+from services.ingest.adjustments import AdjustmentStore
 from services.ingest.answers import RequestRefused, answer_of
 from services.ingest.app import Ingest, create_app
 from services.ingest.kafka import Delivery
@@ -95,7 +96,7 @@ def starlette_app() -> Any:
     from starlette.responses import Response
     from starlette.routing import Route
 
-    ingest = Ingest(Acknowledging(), KeyStore(OneKey()), LIMITS)
+    ingest = Ingest(Acknowledging(), KeyStore(OneKey()), AdjustmentStore(lambda: ""), LIMITS)
 
     async def endpoint(request: Any) -> Any:
         try:

@@ -17,6 +17,21 @@ TRANSIENT_ERRORS = (
 )
 
 
+#: A worker that is stopped inside a transaction must not hold its locks for ever. Its statements look a few
+#: thousand keys up in tables of any size; a plan that reads a whole table is good for a small one only, and
+#: stays in use while that grows: statistics come minutes later.
+_OPTIONS = " ".join(
+    f"-c {setting}"
+    for setting in (
+        "idle_in_transaction_session_timeout=20000",
+        "enable_seqscan=off",
+        "enable_hashjoin=off",
+        "enable_mergejoin=off",
+        "jit=off",
+    )
+)
+
+
 class Database:
     """Lazily connected; :meth:`connection` gives a working one or raises an ``OperationalError``."""
 
@@ -37,8 +52,7 @@ class Database:
                 keepalives_idle=5,
                 keepalives_interval=2,
                 keepalives_count=3,
-                # A worker that is stopped inside a transaction must not hold its locks for ever.
-                options="-c idle_in_transaction_session_timeout=20000",
+                options=_OPTIONS,
             )
         return self._connection
 

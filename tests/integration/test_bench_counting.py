@@ -59,8 +59,8 @@ def belongings(here: Servers) -> tuple[set[str], set[str]]:
 
 def children() -> list[str]:
     """Contestants that still run."""
-    found = psutil.Process().children(recursive=True)
-    return [" ".join(child.cmdline()) for child in found if "bench.rivals" in " ".join(child.cmdline())]
+    found = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    return [words for words in found if "-m bench." in words]
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +161,6 @@ def test_a_contestant_that_dies_is_named_with_its_last_words(here: Servers) -> N
     assert children() == []
 
 
-def test_late_events_revise_every_bucket_and_write_every_delta(here: Servers) -> None:
-    before = belongings(here)
-    result = late_events.run(here, events=500, seed=3)
-    assert {"seconds", "items", "events", "checked"} <= result.keys()
-    assert (result["items"], result["events"], result["deltas"], result["checked"]) == (500, 500, 500, True)
-    assert belongings(here) == before
-
-
 def test_a_database_is_dropped_although_somebody_is_connected_and_the_work_failed(here: Servers) -> None:
     before = belongings(here)
     with pytest.raises(ZeroDivisionError), fresh_database(here.dsn) as dsn:
@@ -213,14 +205,19 @@ def command(here: Servers, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_the_command_prints_json_and_keeps_it(command: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command_prints_one_line_of_json_and_keeps_it(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
     path = tmp_path / "results.json"
     path.write_text('{"other": 1}')
-    answer = command("late", "--events", 100, "--seed", 5, "--json", "--out", path)
+    answer = command("late", "--events", 100, "--rounds", 1, "--seed", 5, "--json", "--out", path)
     assert answer.exit_code == 0, answer.output
-    printed = json.loads(answer.stdout)
-    assert printed["late_events"]["events"] == 100
-    assert json.loads(path.read_text()) == {"other": 1, **printed}
+    (line,) = answer.stdout.splitlines()
+    printed = json.loads(line)
+    assert printed.pop("bench") == "late"
+    assert printed["events"] == 100
+    assert printed["seconds"] > 0
+    assert json.loads(path.read_text()) == {"other": 1, "late_events": printed}
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are(command: Callable[..., Any]) -> None:
@@ -229,6 +226,13 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(command: Callable[.
     assert "conuting" in answer.stderr
     assert "counting" in answer.stderr
     assert "late" in answer.stderr
+    assert "growth" in answer.stderr
+
+
+def test_an_option_of_another_benchmark_is_refused(command: Callable[..., Any]) -> None:
+    answer = command("late", "--seen", 5)
+    assert answer.exit_code == 2
+    assert "late takes no --seen" in answer.stderr
 
 
 def test_a_sum_that_is_wrong_ends_the_command_with_1(
@@ -236,7 +240,7 @@ def test_a_sum_that_is_wrong_ends_the_command_with_1(
 ) -> None:
     monkeypatch.setattr(late_events, "_is_exact", lambda *_: False)
     path = tmp_path / "results.json"
-    answer = command("late", "--events", 100, "--out", path)
+    answer = command("late", "--events", 100, "--rounds", 1, "--out", path)
     assert answer.exit_code == 1
     assert "NOT EXACT" in answer.stdout
     assert json.loads(path.read_text())["late_events"]["checked"] is False
