@@ -142,8 +142,10 @@ def _move_item(db: Connection, item_id: Any, aggregation: str, text: str, now_us
     since = instant(hour_start(calendar.period_start(now_us - OLDEST_US)))
     rows = db.execute(
         "SELECT hour_start, period_start, first_event, last_event, events FROM buckets "
-        "WHERE item_id = %s AND hour_start >= %s AND (events > 0 OR pushed <> 0 OR closed <> 0) "
-        "ORDER BY hour_start, period_start FOR UPDATE",
+        "WHERE item_id = %s AND hour_start >= %s "
+        "AND (events > 0 OR pushed <> 0 OR closed IS DISTINCT FROM 0) "
+        "ORDER BY hour_start, period_start "
+        "FOR UPDATE",
         (item_id, since),
     ).fetchall()
     moves, straddling = [], 0
@@ -310,7 +312,7 @@ def _reckon_periods(
     db.execute(
         "DELETE FROM item_periods p WHERE item_id = %s AND period_start = ANY(%s) AND NOT EXISTS "
         "(SELECT FROM buckets b WHERE b.item_id = p.item_id AND b.period_start = p.period_start "
-        "AND (b.events > 0 OR b.pushed <> 0 OR b.closed <> 0))",
+        "AND (b.events > 0 OR b.pushed <> 0 OR b.closed IS DISTINCT FROM 0))",
         (item_id, list(periods)),
     )
 

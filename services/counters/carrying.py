@@ -6,7 +6,7 @@ for each hour says so. While the open hour has a delta under way, the late diffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
@@ -18,15 +18,15 @@ from services.wire.records import OutboxRow, ops_event
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """Exact differences of a period, by (hour, billionths), that cannot leave in it."""
+    """Exact differences of a period, by hour, in billionths, that cannot leave in it."""
 
     period: ChangedPeriod
-    differences: list[tuple[int, int]]
+    differences: dict[int, int]
     reason: str
 
     @property
     def amount(self) -> int:
-        return sum(difference for _, difference in self.differences)
+        return sum(self.differences.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,8 @@ def carry_forward(
         item_id = period.item.item_id
         target, hour = targets[item_id]
         if amount and hour.open:
-            if period.item.aggregation == "max":
-                period.value -= amount
-                period.hours.clear()
-            for start, _ in gone:
-                period.hours.pop(start, None)
-            waiting[item_id] = min(waiting.get(item_id, gone[0][0]), gone[0][0])
+            _put_back(period, gone)
+            waiting[item_id] = min(waiting.get(item_id, min(gone)), min(gone))
             continue
         if amount:
             target.hours.setdefault(hour.start, hour)
@@ -71,10 +67,21 @@ def carry_forward(
         # One for each hour: a change of calendar may part them later.
         carried += [
             Carried(period, start, target.start, hour.start, difference, one.reason)
-            for start, difference in gone
+            for start, difference in gone.items()
             if difference
         ]
     return carried
+
+
+def _put_back(period: ChangedPeriod, gone: Mapping[int, int]) -> None:
+    """Leave these differences, and what was kept of them for a deficit, to a later round."""
+    if period.item.aggregation == "max":  # one difference speaks for all hours
+        period.value -= sum(gone.values()) + sum(period.differences.get(start, 0) for start in gone)
+        period.hours.clear()
+        period.differences.clear()
+    for start in gone:
+        period.hours.pop(start, None)
+        period.differences.pop(start, None)
 
 
 def _targets(

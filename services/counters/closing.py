@@ -84,13 +84,14 @@ def _plan(
         if period.item.aggregation == "last":
             _plan_values(period, now_us)
             continue
-        differences = _differences(db, period)
         final = period.item.calendar.anchored and now_us >= invoices.push_before(period.end)
-        oldest = now_us - OLDEST_US
-        gone = [one for one in differences if final or one[0] < oldest]
-        if gone:
+        gone: dict[int, int] = {}
+        for hour_us, difference in _differences(db, period):
+            too_late = final or hour_us < now_us - OLDEST_US
+            (gone if too_late else period.differences)[hour_us] = difference
+        _cover_deficit(period, gone)
+        if any(gone.values()):
             late.append(Late(period, gone, "period_closed" if final else "too_old_for_stripe"))
-        period.differences = {} if final else {hour: d for hour, d in differences if hour >= oldest}
     carried = carry_forward(db, periods, waiting, late, now_us)
     for period in periods.values():
         item = period.item
@@ -107,6 +108,18 @@ def _plan(
             else:
                 hour.sent, hour.amount = True, portion.amount
     return carried
+
+
+def _cover_deficit(period: ChangedPeriod, gone: dict[int, int]) -> None:
+    """Keep of ``gone`` what the period owes: what it has sent too much is not to be sent again elsewhere."""
+    deficit = -(period.carry + sum(period.differences.values()))
+    left = min(deficit, sum(gone.values())) if period.item.nets else 0
+    for hour, difference in gone.items():
+        kept = min(left, difference)
+        if kept > 0:
+            gone[hour] -= kept
+            period.differences[hour] = kept
+            left -= kept
 
 
 def _plan_values(period: ChangedPeriod, now_us: int) -> None:
