@@ -27,12 +27,12 @@ import psycopg
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from tests.oracle import HOUR_S, Item, Logged, Meter, Truth, Usage, truth, unframe
+from tests.oracle import HOUR_S, Bucket, Item, Logged, Meter, Truth, Usage, period_of, truth, unframe
 
 GROUP = "tidemeter-counters"
 USAGE = ("usage.v1", "usage.v2", "usage.v3")
-PARKED = ("dead_letters.v1", "upcast_failures.v1")
-TOPICS = (*USAGE, *PARKED, "conflicts.v1", "adjustments.v1", "deltas.v1", "ops.v1")
+PARKED = {"dead_lettered": "dead_letters.v1", "upcast_failed": "upcast_failures.v1"}
+TOPICS = (*USAGE, *PARKED.values(), "conflicts.v1", "adjustments.v1", "deltas.v1", "ops.v1")
 OUTCOMES = ("counted", "duplicate", "conflict", "late_counted", "adjusted", "dead_lettered", "upcast_failed")
 ROOT = Path(__file__).parent.parent
 SESSION_TIMEOUT_S = 3
@@ -146,6 +146,12 @@ class Pipeline:
     dsn: str
     directory: Path
     meters: dict[tuple[str, str], Meter] = field(default_factory=dict)
+    #: By (tenant,) or (tenant, customer).
+    calendars: dict[tuple[str, ...], str] = field(default_factory=dict)
+    #: Every calendar that a customer had, where it changed.
+    calendars_were: list[tuple[tuple[str, str], str]] = field(default_factory=list)
+    #: Adjustments that were approved, by (tenant, idempotency key).
+    approved: set[tuple[str, str]] = field(default_factory=set)
     log: list[Logged] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
 
@@ -154,15 +160,49 @@ class Pipeline:
     def tenant(self, tenant: str, timezone: str = "UTC") -> None:
         with self.database() as db:
             db.execute("INSERT INTO tenants (tenant_id, timezone) VALUES (%s, %s)", (tenant, timezone))
+        self.calendars[tenant,] = f"1 month {timezone}"
 
-    def meter(self, tenant: str, slug: str, aggregation: str = "sum", lateness_s: int = 172_800) -> None:
+    def customer(self, tenant: str, customer: str, calendar: str) -> None:
+        """A customer with billing periods of its own. Others need no row: their reference is a Stripe id."""
         with self.database() as db:
             db.execute(
-                "INSERT INTO meters (tenant_id, meter, aggregation, lateness_seconds, event_name) "
-                "VALUES (%s, %s, %s, %s, %s)",
-                (tenant, slug, aggregation, lateness_s, f"{tenant}.{slug}"),
+                "INSERT INTO customers (tenant_id, customer_ref, stripe_customer, calendar) "
+                "VALUES (%s, %s, %s, %s)",
+                (tenant, customer, customer, calendar),
             )
-        self.meters[tenant, slug] = Meter(aggregation, lateness_s)
+        self.calendars[tenant, customer] = calendar
+
+    def change_calendar(self, tenant: str, customer: str, calendar: str) -> None:
+        """Give a customer other periods, whose edges must not cut an hour that has usage."""
+        self.query(
+            "UPDATE customers SET calendar = %s WHERE (tenant_id, customer_ref) = (%s, %s) RETURNING 1",
+            calendar,
+            tenant,
+            customer,
+        )
+        self.calendars_were.append(((tenant, customer), self.calendars[tenant, customer]))
+        self.calendars[tenant, customer] = calendar
+
+    def meter(
+        self,
+        tenant: str,
+        slug: str,
+        aggregation: str = "sum",
+        lateness_s: int = 172_800,
+        value_property: str | None = None,
+        dimensions: Sequence[str] = (),
+        scale: int = 0,
+    ) -> None:
+        with self.database() as db:
+            db.execute(
+                "INSERT INTO meters (tenant_id, meter, aggregation, lateness_seconds, event_name, "
+                "value_property, dimensions, scale) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+                (
+                    *(tenant, slug, aggregation, lateness_s, f"{tenant}.{slug}"),
+                    *(value_property, list(dimensions), scale),
+                ),
+            )
+        self.meters[tenant, slug] = Meter(aggregation, lateness_s, value_property, tuple(dimensions), scale)
 
     def worker(self, name: str | None = "w1", command: Sequence[str] | None = None, **extra: str) -> Worker:
         """A worker, not yet started. Without a name it is a dynamic member of its group."""
@@ -316,18 +356,41 @@ class Pipeline:
             )[0][0]
         )
 
-    def hours(self) -> dict[tuple[Item, int], Decimal]:
-        """Counters by item and hour, as stored."""
+    def buckets(self) -> dict[Bucket, Decimal]:
+        """Every bucket's total, as stored."""
         return {
-            ((row[0], row[1], row[2]), int(row[3])): row[4]
+            (_item(row), int(row[4]), int(row[5])): row[6]
             for row in self.query(
-                "SELECT i.tenant_id, i.customer_ref, i.meter, extract(epoch FROM b.hour_start), sum(b.total) "
-                "FROM buckets b JOIN items i USING (item_id) GROUP BY 1, 2, 3, 4"
+                f"SELECT {_ITEM}, extract(epoch FROM b.hour_start), extract(epoch FROM b.period_start), "
+                "b.total FROM buckets b JOIN items i USING (item_id)"
             )
         }
 
+    def hours(self) -> dict[tuple[Item, int], Decimal]:
+        """Counters by item and hour, as stored."""
+        hours: dict[tuple[Item, int], Decimal] = {}
+        for (item, hour, _), total in self.buckets().items():
+            hours[item, hour] = hours.get((item, hour), Decimal(0)) + total
+        return hours
+
+    def periods(self) -> dict[tuple[Item, int], Decimal]:
+        """Every period's aggregate, from the stored hours alone."""
+        hours: dict[tuple[Item, int], dict[int, Decimal]] = {}
+        for (item, hour, period), total in self.buckets().items():
+            hours.setdefault((item, period), {})[hour] = total
+        found = {}
+        for (item, period), totals in hours.items():
+            match self.meters[item[0], item[2]].aggregation:
+                case "max":
+                    found[item, period] = max(totals.values())
+                case "last":
+                    found[item, period] = totals[max(totals)]
+                case _:
+                    found[item, period] = sum(totals.values(), Decimal(0))
+        return found
+
     def total(self, item: Item) -> Decimal:
-        """An item's counter; 0 when it has none."""
+        """The sum of an item's hours; 0 when it has none."""
         return sum((total for (name, _), total in self.hours().items() if name == item), Decimal(0))
 
     def outcomes(self, tenant: str | None = None) -> Counter[str]:
@@ -365,34 +428,64 @@ class Pipeline:
         outbox = self.query("SELECT count(*) FROM outbox")[0][0]
         return f"lag {lag}\npositions {positions}\noutbox {outbox}\n{logs}"
 
+    def approve(self, most: int = 1000) -> None:
+        """Approve adjustments that wait, as an operator would. Only for what is younger than 34 days."""
+        rows = self.query(
+            "UPDATE adjustments SET state = 'approved', decided_by = 'a test', decided_at = now() "
+            "WHERE adjustment_id IN (SELECT adjustment_id FROM adjustments WHERE state = 'pending' "
+            "ORDER BY adjustment_id LIMIT %s) RETURNING tenant_id, idempotency_key",
+            most,
+        )
+        self.approved |= {(row[0], row[1]) for row in rows}
+
+    def push(self) -> None:
+        """Stand in for the pusher: what is open was reported, so that more can be closed."""
+        with self.database() as db:
+            db.execute("UPDATE buckets SET open = false WHERE open")
+
     def settle_deltas(self, timeout_s: float = 30) -> None:
-        """Stand in for the pusher until every counter is in deltas: what is open was reported."""
+        """Stand in for the pusher until every counter is in deltas."""
 
         def settled() -> bool:
-            with self.database() as db:
-                db.execute("UPDATE item_periods SET open_deltas = 0 WHERE open_deltas > 0")
-            return not self.query("SELECT 1 FROM items WHERE dirty_from IS NOT NULL LIMIT 1")
+            self.push()
+            return not any(self._unsettled().values())
 
-        until(settled, "every difference closed", timeout_s)
+        until(settled, "every difference closed", timeout_s, lambda: f"{self._unsettled()}")
         self.await_quiet(timeout_s)
 
+    def _unsettled(self) -> dict[str, int]:
+        """What closing has yet to do."""
+        names = ("open", "changed", "approved", "calendars")
+        [row] = self.query(
+            "SELECT (SELECT count(*) FROM buckets WHERE open), "
+            "(SELECT count(*) FROM buckets WHERE closed IS DISTINCT FROM total), "
+            "(SELECT count(*) FROM adjustments WHERE state = 'approved'), "
+            "(SELECT count(*) FROM calendar_changes WHERE done_at IS NULL)"
+        )
+        return dict(zip(names, row, strict=True))
+
+    def truth(self) -> Truth:
+        """What the log says."""
+        return truth(self.log, self.meters, self.calendars, self.approved)
+
     def assert_exact(self) -> Truth:
-        """Counters, outcomes, positions and group offsets are what the log says, exactly."""
-        expected = truth(self.log, self.meters)
-        assert differences(self.hours(), expected.hours) == {}
+        """Counters, periods, outcomes, positions and group offsets are what the log says, exactly."""
+        expected = self.truth()
+        assert differences(self.buckets(), expected.buckets) == {}
+        assert differences(self.periods(), expected.periods) == {}
         assert self.outcomes() == expected.outcomes
         assert self.processed() == len(self.log) == sum(expected.outcomes.values())
         assert not any(self.lag().values())
         positions = {
             (row[0], row[1]): row[2]
-            for row in self.query("SELECT topic, partition, next_offset FROM partition_offsets")
+            for row in self.query(
+                "SELECT topic, partition, next_offset FROM partition_offsets WHERE consumer = %s", GROUP
+            )
         }
         assert positions == self.log_bounds()[1]
         watermarks = {
-            (row[0], row[1], row[2]): int(row[3])
-            for row in self.query(
-                "SELECT tenant_id, customer_ref, meter, extract(epoch FROM watermark) FROM items"
-            )
+            _item(row): int(row[4])
+            for row in self.query(f"SELECT {_ITEM}, extract(epoch FROM i.watermark) FROM items i")
         }
         assert watermarks == expected.watermarks
         self._assert_parked(expected)
@@ -400,15 +493,9 @@ class Pipeline:
 
     def _assert_parked(self, expected: Truth) -> None:
         """Each parked record, conflict and adjustment is on its topic, once by its identity."""
-        parked = {topic: {one.key for one in self.read(topic)} for topic in PARKED}
-        wanted: dict[str, set[bytes]] = {topic: set() for topic in PARKED}
-        for one in self.log:
-            place = json.dumps([one.topic, one.partition, one.offset], separators=(",", ":")).encode()
-            if one.sent is None:
-                wanted["upcast_failures.v1"].add(place)
-            elif (one.sent.tenant, one.sent.meter) not in self.meters:
-                wanted["dead_letters.v1"].add(place)
-        assert parked == wanted
+        for outcome, topic in PARKED.items():
+            wanted = {json.dumps(one, separators=(",", ":")).encode() for one in expected.parked[outcome]}
+            assert {one.key for one in self.read(topic)} == wanted
         conflicts = {
             (one["second_topic"], one["second_partition"], one["second_offset"])
             for one in (unframe("conflict", 1, one.value) for one in self.read("conflicts.v1"))
@@ -418,28 +505,94 @@ class Pipeline:
             one["adjustment_id"]: one
             for one in (unframe("adjustment", 1, one.value) for one in self.read("adjustments.v1"))
         }
-        by_item: dict[Item, Decimal] = {}
+        on_topic: dict[Item, Decimal] = {}
+        wanted_on_topic: dict[Item, Decimal] = {}
         for one in adjustments.values():
-            item = (one["tenant_id"], one["customer_ref"], one["meter"])
-            by_item[item] = by_item.get(item, Decimal(0)) + one["quantity"]
-        assert by_item == expected.adjustments
+            name = (one["tenant_id"], one["customer_ref"], one["meter"])
+            on_topic[name] = on_topic.get(name, Decimal(0)) + one["quantity"]
+        for item, amount in expected.adjustments.items():
+            wanted_on_topic[item[:3]] = wanted_on_topic.get(item[:3], Decimal(0)) + amount
+        assert on_topic == wanted_on_topic
         assert len(adjustments) == expected.outcomes["adjusted"]
 
     def assert_deltas_add_up(self) -> None:
-        """After ``settle_deltas``: deltas, in the table and on the topic, sum to the counters."""
+        """After ``settle_deltas``: deltas, in the table and on the topic, amount to the counters."""
         stored = {row[0]: row[1] for row in self.query("SELECT identifier, amount FROM deltas")}
-        by_hour: dict[tuple[Item, int], Decimal] = {}
-        on_topic: dict[str, Decimal] = {}
+        on_topic = {}
         for one in self.read("deltas.v1"):
-            delta = unframe("usage_delta", 1, one.value)
+            delta = unframe("usage_delta", 2, one.value)
             assert on_topic.setdefault(delta["identifier"], delta["amount"]) == delta["amount"]
+            self._assert_delta(delta)
         assert on_topic == stored
+        columns = "extract(epoch FROM d.hour_start), extract(epoch FROM d.period_start)"
+        sums: dict[tuple[Item, int], Decimal] = {}
+        newest: dict[Bucket, Decimal] = {}
         for row in self.query(
-            "SELECT i.tenant_id, i.customer_ref, i.meter, extract(epoch FROM d.hour_start), sum(d.amount) "
-            "FROM deltas d JOIN items i USING (item_id) GROUP BY 1, 2, 3, 4"
+            f"SELECT {_ITEM}, {columns}, d.amount FROM deltas d JOIN items i USING (item_id) "
+            "ORDER BY d.sequence"
         ):
-            by_hour[(row[0], row[1], row[2]), int(row[3])] = row[4]
-        assert differences(by_hour, self.hours()) == {}
+            item, hour, period = _item(row), int(row[4]), int(row[5])
+            if self.meters[item[0], item[2]].aggregation == "last":
+                newest[item, hour, period] = row[6]
+            else:
+                sums[item, period] = sums.get((item, period), Decimal(0)) + row[6]
+        self._add_carries(sums)
+        periods, buckets = self.periods(), self.buckets()
+        last = {item for item, _ in periods if self.meters[item[0], item[2]].aggregation == "last"}
+        summed = {place: total for place, total in periods.items() if place[0] not in last}
+        assert differences(self._by_item(sums), self._by_item(summed)) == {}
+        wanted = {place: total for place, total in buckets.items() if place[0] in last}
+        assert newest == wanted
+
+    def _by_item(self, periods: dict[tuple[Item, int], Decimal]) -> dict[tuple[Item, int], Decimal]:
+        """Where periods changed, deltas of earlier ones stay what they were: only the whole must agree."""
+        changed = {name for name, _ in self.calendars_were}
+        found: dict[tuple[Item, int], Decimal] = {}
+        for (item, period), total in periods.items():
+            place = item, 0 if item[:2] in changed else period
+            found[place] = found.get(place, Decimal(0)) + total
+        return found
+
+    def _add_carries(self, sums: dict[tuple[Item, int], Decimal]) -> None:
+        """What a period has not pushed: below its meter's scale, or pushed in another period."""
+        for row in self.query(
+            f"SELECT {_ITEM}, extract(epoch FROM p.period_start), p.carry "
+            "FROM item_periods p JOIN items i USING (item_id) WHERE p.carry <> 0"
+        ):
+            item, period, carry = _item(row), int(row[4]), row[5]
+            unit = Decimal(1).scaleb(-self.meters[item[0], item[2]].scale)
+            moved = item[:2] in {name for name, _ in self.calendars_were}
+            assert 0 < carry < unit or moved, (item, period, carry)
+            sums[item, period] = sums.get((item, period), Decimal(0)) + carry
+        for row in self.query(
+            f"SELECT {_ITEM}, extract(epoch FROM c.period_start), extract(epoch FROM c.to_period), c.amount "
+            "FROM carry_forwards c JOIN items i USING (item_id)"
+        ):
+            item, period, target, amount = _item(row), int(row[4]), int(row[5]), row[6]
+            sums[item, period] = sums.get((item, period), Decimal(0)) + amount
+            sums[item, target] = sums.get((item, target), Decimal(0)) - amount
+
+    def _assert_delta(self, delta: Mapping[str, Any]) -> None:
+        """What a delta says besides its amount is true of its item and inside its hour and period."""
+        name = (delta["tenant_id"], delta["customer_ref"], delta["meter"])
+        meter = self.meters[name[0], name[2]]
+        assert delta["formula"] == ("last" if meter.aggregation == "last" else "sum")
+        assert set(delta["dimensions"]) == set(meter.dimensions)
+        calendars = {self.calendars.get(name[:2]) or self.calendars[name[:1]]}
+        calendars |= {calendar for changed, calendar in self.calendars_were if changed == name[:2]}
+        start, end, hour, at = (
+            delta[f].timestamp() for f in ("period_start", "period_end", "hour_start", "event_at")
+        )
+        assert (start, end) in {period_of(calendar, int(at)) for calendar in calendars}
+        assert hour <= at < hour + HOUR_S
+
+
+#: Columns that :func:`_item` reads first, from ``items i``.
+_ITEM = "i.tenant_id, i.customer_ref, i.meter, i.dimensions"
+
+
+def _item(row: Sequence[Any]) -> Item:
+    return (row[0], row[1], row[2], *row[3])
 
 
 def differences(left: Mapping[Any, Decimal], right: Mapping[Any, Decimal]) -> dict[Any, tuple[Any, Any]]:
@@ -503,11 +656,11 @@ def await_no_members(admin: AdminClient, timeout_s: float = 30, but: str = "") -
     until(empty, "a group without members", timeout_s)
 
 
-def trim_topics(kafka: str) -> None:
+def trim_topics(kafka: str, topics: Sequence[str] = TOPICS) -> None:
     """Drop every record of the product's topics, so that a log begins where the last test ended."""
     admin = AdminClient({"bootstrap.servers": kafka})
     await_no_members(admin, but="w1")
-    starts, ends = log_bounds(admin, TOPICS)
+    starts, ends = log_bounds(admin, topics)
     full = [TopicPartition(*tp, end) for tp, end in ends.items() if end > starts[tp]]
     for future in admin.delete_records(full).values() if full else ():
         future.result()

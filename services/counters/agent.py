@@ -36,12 +36,12 @@ _CLOSING_SECONDS_MAX = 60.0
 
 
 class DeltaTimer:
-    """Closes deltas and relays them, on its own connection and producer, every interval."""
+    """Closes deltas on its own connection, every interval; ``relay`` is set when there are new ones."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database = Database(settings.postgres(), "deltas")
-        self._kafka = outbox.relay_producer(settings.kafka())
+        self.relay = asyncio.Event()
         self._encoder = Encoder(current("usage_delta"))
         self._invoices = Invoices(
             int(settings.invoice_grace_seconds * 1_000_000), int(settings.close_margin_seconds * 1_000_000)
@@ -66,7 +66,6 @@ class DeltaTimer:
         while True:
             items, deltas = close_round(db, self._encoder, invoices=self._invoices)
             closed += deltas
-            outbox.relay(db, GROUP, self._kafka)
             if items == 0:
                 break
         metrics.DELTAS_CLOSED.inc(closed)
@@ -87,7 +86,8 @@ class DeltaTimer:
         """Tick for ever; a world that is away is waited for."""
         while True:
             try:
-                await asyncio.to_thread(self.tick)
+                if await asyncio.to_thread(self.tick):
+                    self.relay.set()
             except TRANSIENT_ERRORS as error:
                 log.warning("deltas wait", error=error)
                 await asyncio.to_thread(self._database.reset)
@@ -108,4 +108,4 @@ async def run(settings: Settings) -> None:
     timer = DeltaTimer(settings)
     health = Health({"closing": timer.health})
     worker = Worker(settings, group=GROUP, topics=list(USAGE_VERSIONS), handler=counters, health=health)
-    await worker.run(timer.loop)
+    await worker.run(timer.loop, lambda: outbox.relay_forever(settings, GROUP, timer.relay))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -17,7 +15,6 @@ from services.pusher.sinks import Sink
 from services.pusher.sinks.stripe import StripeSink
 from services.streaming import breaker, offsets, outbox
 from services.streaming.chunks import Chunk
-from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.observe import Health
 from services.streaming.worker import Applied, Worker
 from services.wire.codec import Decoder, Record
@@ -38,7 +35,6 @@ from upcasters.chain import (
 log = structlog.get_logger(__name__)
 
 GROUP = PRODUCER
-_RELAY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,23 +156,6 @@ async def run(settings: Settings, sink: Sink | None = None) -> None:
         after_apply=sender.wake,
     )
     try:
-        await worker.run(sender.run, _relay_loop(settings))
+        await worker.run(sender.run, lambda: outbox.relay_forever(settings, GROUP))
     finally:
         await sink.close()
-
-
-def _relay_loop(settings: Settings) -> Callable[[], Awaitable[None]]:
-    """Send the ops events that the sender wrote, on a connection and a producer of their own."""
-    database = Database(settings.postgres(), "pusher-relay")
-    kafka = outbox.relay_producer(settings.kafka())
-
-    async def loop() -> None:
-        while True:
-            try:
-                await asyncio.to_thread(lambda: outbox.relay(database.connection(), GROUP, kafka))
-            except TRANSIENT_ERRORS as error:
-                log.warning("ops events wait", error=error)
-                await asyncio.to_thread(database.reset)
-            await asyncio.sleep(_RELAY_SECONDS)
-
-    return loop

@@ -6,17 +6,25 @@ it carries a stable identity (delta identifier, ops event id, source coordinates
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psycopg
+import structlog
 
+from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
 from services.wire.kafka import AckedProducer
 from services.wire.records import OutboxRow
+from services.wire.settings import Settings
 
 RELAY_ROWS_MAX = 2000
+RELAY_SECONDS = 1.0
+
+log = structlog.get_logger(__name__)
 
 _TAKE = (
     "SELECT outbox_id, topic, key, value, headers FROM outbox WHERE producer = %s "
@@ -77,3 +85,20 @@ def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer, *, w
         sent += len(rows)
         if len(rows) < RELAY_ROWS_MAX:
             return sent
+
+
+async def relay_forever(settings: Settings, producer: str, wake: asyncio.Event | None = None) -> None:
+    """Relay what ``producer`` has waiting, every second or when woken, on a connection and a producer of its
+    own. For rows that no chunk relays: deltas, and what a sender writes."""
+    database = Database(settings.postgres(), "relay")
+    kafka = relay_producer(settings.kafka())
+    wake = wake or asyncio.Event()
+    while True:
+        wake.clear()
+        try:
+            await asyncio.to_thread(lambda: relay(database.connection(), producer, kafka))
+        except TRANSIENT_ERRORS as error:
+            log.warning("the outbox waits", error=error)
+            await asyncio.to_thread(database.reset)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(wake.wait(), RELAY_SECONDS)

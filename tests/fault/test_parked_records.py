@@ -11,6 +11,7 @@ from decimal import Decimal
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from services.streaming.offsets import resume
+from tests.fault.campaign import prove
 from tests.oracle import Usage
 from tests.pipeline import ROOT, Coordinates, Pipeline, Worker, until
 
@@ -75,8 +76,7 @@ def test_while_parked_records_cannot_be_written_the_offset_stays_and_after_the_c
         owner.start()
         stays(pipeline, place, 3)
         assert not pipeline.read("dead_letters.v1")
-    pipeline.await_quiet()
-    pipeline.assert_exact()
+    prove(pipeline)
     assert pipeline.committed()[topic, partition] > offset
 
 
@@ -112,9 +112,7 @@ def test_a_hundred_undecodable_in_a_row_halt_the_partition_in_front_of_the_hundr
     assert pipeline.query(HALTS) == [(topic, partition, places[99][2], "too_many_parked")]
     with pipeline.database() as db:
         assert [row[:3] for row in resume(db, None, None)] == [("tidemeter-counters", topic, partition)]
-    pipeline.await_quiet()
-    until(lambda: worker.health()["status"] == "healthy", "health", 10)
-    pipeline.assert_exact()
+    prove(pipeline)
 
 
 def test_more_than_one_percent_undecodable_halts_too(pipeline: Pipeline) -> None:

@@ -1,5 +1,6 @@
 """Seeded traffic that has everything a real log has: duplicates, disorder, conflicts, records that park.
 
+Meters of every aggregation; ties in time, repeated values, fractions, billing periods that end in between.
 Each customer's producer runs one release, so that all records of an item are on one partition, in a known
 order.
 """
@@ -7,7 +8,9 @@ order.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -15,19 +18,34 @@ from tests.oracle import DAY_S, HOUR_S, Usage
 from tests.pipeline import Pipeline
 
 TENANTS = {"acme": "Europe/Budapest", "globex": "America/Los_Angeles"}
-METERS = {"requests": "sum", "logins": "count"}
+METERS: dict[str, dict[str, Any]] = {
+    "requests": {"aggregation": "sum"},
+    "logins": {"aggregation": "count"},
+    "peak_gb": {"aggregation": "max", "value_property": "gb"},
+    "seats": {"aggregation": "last"},
+    "users": {"aggregation": "unique", "value_property": "user"},
+    "egress": {"aggregation": "sum", "value_property": "gb", "dimensions": ("region",), "scale": 1},
+}
 CUSTOMERS = 60
-
-
-def configure(pipeline: Pipeline) -> None:
-    """Tenants, meters, and no customers: a reference that is a Stripe id needs no mapping."""
-    for tenant, timezone in TENANTS.items():
-        pipeline.tenant(tenant, timezone)
-        for slug, aggregation in METERS.items():
-            pipeline.meter(tenant, slug, aggregation)
-
+#: Customers whose subscription began, and whose period changes, this long ago.
+SUBSCRIBED = {
+    "cus_001": (20 * HOUR_S, "1 month"),
+    "cus_002": (HOUR_S // 2, "1 month"),
+    "cus_003": (0, "1 day"),
+}
 
 Record = tuple[str, bytes | None, bytes | None, list[Any], Usage | None]
+
+
+def configure(pipeline: Pipeline, *, subscribed: bool = True) -> None:
+    """Tenants, meters, and customers only where they have billing periods of their own."""
+    for tenant, timezone in TENANTS.items():
+        pipeline.tenant(tenant, timezone)
+        for slug, choices in METERS.items():
+            pipeline.meter(tenant, slug, **choices)
+        for customer, (ago_s, length) in SUBSCRIBED.items() if subscribed else ():
+            anchor = datetime.fromtimestamp(int(time.time()) - ago_s - 1, UTC)
+            pipeline.customer(tenant, customer, f"{length} {timezone} {anchor:%Y-%m-%dT%H:%M:%SZ}")
 
 
 def traffic(seed: int, events: int, now_s: int) -> Iterator[Record]:
@@ -47,7 +65,9 @@ def traffic(seed: int, events: int, now_s: int) -> Iterator[Record]:
             usage = _fresh(chance, f"{seed}-{number}", now_s - 5 * HOUR_S + number * 5 * HOUR_S // events)
             if draw < 0.062:
                 usage = _with(usage, meter="pigeons")
-            elif draw < 0.07:
+            elif draw < 0.064:
+                usage = _with(usage, properties={"gb": "many"})
+            elif draw < 0.072:
                 usage = _with(usage, occurred_s=now_s - chance.randrange(4 * DAY_S, 30 * DAY_S))
             elif draw < 0.15:
                 usage = _with(usage, occurred_s=(usage.occurred_s or 0) - chance.randrange(40 * HOUR_S))
@@ -59,15 +79,28 @@ def traffic(seed: int, events: int, now_s: int) -> Iterator[Record]:
 
 def _fresh(chance: random.Random, key: str, occurred_s: int) -> Usage:
     number = int(CUSTOMERS * chance.random() ** 2)
-    tenant = chance.choice(list(TENANTS))
+    meter = chance.choice(list(METERS))
+    properties = {"region": chance.choice(["eu", "us"])} if chance.random() < 0.2 else {}
+    match meter:
+        case "peak_gb":
+            properties["gb"] = f"{chance.randrange(1, 5000)}.{chance.randrange(100)}"
+        case "egress":
+            properties = {
+                "gb": f"0.{chance.randrange(1, 1000):03}",
+                "region": chance.choice(["eu", "us", "ap"]),
+            }
+        case "users":
+            properties["user"] = f"user-{int(400 * chance.random() ** 3)}"
+        case "seats":  # many at the same second, so that the key decides
+            occurred_s -= occurred_s % 300
     return Usage(
-        tenant=tenant,
+        tenant=chance.choice(list(TENANTS)),
         customer=f"cus_{number:03d}",
-        meter=chance.choice(list(METERS)),
+        meter=meter,
         quantity=Decimal(chance.randrange(1, 1000)),
         key=key,
         occurred_s=occurred_s,
-        properties={"region": "eu"} if chance.random() < 0.2 else {},
+        properties=properties,
         version=1 + number % 3,
     )
 

@@ -661,11 +661,11 @@ _NEWEST = """
 SELECT DISTINCT ON (b.item_id, b.hour_start, b.period_start) b.item_id, b.hour_start, b.period_start,
        b.pushed, m.amount, m.event_at
 FROM buckets b
-LEFT JOIN (meter_events m JOIN deltas d USING (identifier))
+LEFT JOIN meter_events m
     ON (m.item_id, m.hour_start, m.period_start) = (b.item_id, b.hour_start, b.period_start)
     AND m.state = 'reported'
 WHERE b.events > 0
-ORDER BY b.item_id, b.hour_start, b.period_start, d.sequence DESC
+ORDER BY b.item_id, b.hour_start, b.period_start, m.created_at DESC
 """
 
 #: Of every period: pushed, carried out less carried in, carry, value, closed.
