@@ -8,10 +8,8 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
-from services.cli.common import MISUSED, JsonFlag, database, fail, sentences
+from services.cli.common import MISUSED, JsonFlag, database, fail, sentences, show_table
 
 adjustments_app = typer.Typer(help="List, approve and reject adjustments.", no_args_is_help=True)
 
@@ -62,10 +60,7 @@ def list_adjustments(
     if as_json:
         typer.echo(json.dumps([dict(zip(_COLUMNS, map(_plain, row), strict=True)) for row in rows]))
         return
-    table = Table(Column(_COLUMNS[0], no_wrap=True), *_COLUMNS[1:], box=None)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
+    show_table(_COLUMNS, [[_plain(value) for value in row] for row in rows])
 
 
 @adjustments_app.command()

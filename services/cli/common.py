@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Annotated, Any
 
 import psycopg
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
 from services.wire.errors import Misconfigured, Transient
 from services.wire.settings import Settings, load_settings
+
+PIPE_WIDTH = 400
 
 ATTENTION, MISUSED, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 130
 
@@ -28,6 +32,17 @@ def plain(value: Decimal) -> str:
     """A number without exponent and without trailing zeros."""
     text = format(value, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table that hides nothing: a terminal folds long cells, a pipe or a file gets long lines."""
+    table = Table(*(Column(name, overflow="fold") for name in columns), box=None)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(table)
 
 
 @contextmanager

@@ -10,10 +10,8 @@ from typing import Annotated, Any, LiteralString
 
 import typer
 from psycopg.rows import dict_row
-from rich.console import Console
-from rich.table import Table
 
-from services.cli.common import JsonFlag, database, plain, sentences
+from services.cli.common import JsonFlag, database, plain, sentences, show_table
 
 periods_app = typer.Typer(help="See changes of billing periods, and what was carried.", no_args_is_help=True)
 
@@ -88,10 +86,7 @@ def _show(query: LiteralString, parameters: dict[str, Any], columns: Sequence[st
     if as_json:
         typer.echo(json.dumps([{name: _document(value) for name, value in row.items()} for row in rows]))
         return
-    table = Table(*columns, box=None)
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in columns))
-    Console().print(table)
+    show_table(columns, [[_cell(row[name]) for name in columns] for row in rows])
 
 
 def _document(value: Any) -> Any:

@@ -904,7 +904,11 @@ def check_any_order(db: psycopg.Connection[Any], data: st.DataObject) -> None:
     world = World(db, metering, timezone)
     if data.draw(st.booleans(), label="a subscription"):
         world.change_calendar("cus_a", data.draw(st.sampled_from(sorted(CYCLES)), label="calendar"))
-    kept = data.draw(st.lists(uses(metering, AGES, world.now), min_size=1, max_size=14), label="history")
+    # Few times for many events: hours with several, and several at one time.
+    some = data.draw(st.lists(AGES, min_size=1, max_size=4), label="ages")
+    least = data.draw(st.sampled_from([1, 6, 12]), label="at least")
+    ages = st.sampled_from(some) | AGES
+    kept = data.draw(st.lists(uses(metering, ages, world.now), min_size=least, max_size=16), label="history")
     history = [replace(one, key=f"evt-{number:02}") for number, one in enumerate(kept)]
     again = data.draw(st.lists(st.sampled_from(history), max_size=5), label="again")
     for use in data.draw(st.permutations([*history, *again]), label="arrivals"):
