@@ -17,8 +17,8 @@ demo: $(READY)   ## push 20,000 events through everything, kill a worker, and pr
 test: $(READY) $(BENCH_READY)   ## all tests but the long fault tests
 	$(VENV)/bin/pytest -m "not faults"
 
-test-faults: $(READY)   ## the long fault tests: 50 real SIGKILLs and more
-	$(VENV)/bin/pytest -m faults
+test-faults: $(READY)   ## the long fault tests: hundreds of real SIGKILLs and more; SEED=n repeats a run
+	FAULT_SEED=$(SEED) $(VENV)/bin/pytest -m faults
 
 check: $(READY)  ## lint, format, types, import rules
 	$(VENV)/bin/ruff check .

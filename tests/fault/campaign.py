@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -161,8 +162,8 @@ def counted(pipeline: Pipeline) -> int:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of them are."""
-    return round(sorted(values)[int(share * (len(values) - 1))], 2)
+    """The least of them that ``share`` of them do not exceed."""
+    return round(sorted(values)[math.ceil(share * len(values)) - 1], 2)
 
 
 class Watch:

@@ -88,11 +88,12 @@ def test_two_hundred_milliseconds_each_way_slow_a_worker_down_and_change_nothing
 
 # The clock ----------------------------------------------------------------------------------------------
 
-#: Everything that counting keeps and that does not say when it was written.
+#: Everything that counting keeps and that does not say when it was written. Not the arrivals of a bucket:
+#: they are bounds, those of whole chunks, and how records come in chunks is a matter of chance.
 LEDGER = {
     "items": "item_id, dimensions, calendar, watermark",
     "buckets": "item_id, hour_start, period_start, total, events, late_events, first_event, last_event, "
-    "last_key, first_arrival, last_arrival",
+    "last_key",
     "unique_values": "item_id, period_start, value, hour_start",
     "partition_offsets": "topic, partition, start_offset, next_offset, halted",
     "partition_accounts": "*",
