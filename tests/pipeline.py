@@ -441,7 +441,13 @@ class Pipeline:
     def push(self) -> None:
         """Stand in for the pusher: what is open was reported, so that more can be closed."""
         with self.database() as db:
-            db.execute("UPDATE buckets SET open = false WHERE open")
+            db.execute("SET deadlock_timeout = '20s'")  # if two orders of locks meet, the worker retries
+            db.execute(
+                "WITH held AS (SELECT item_id, hour_start, period_start FROM buckets WHERE open "
+                "ORDER BY item_id, hour_start, period_start FOR UPDATE) "
+                "UPDATE buckets b SET open = false FROM held WHERE (b.item_id, b.hour_start, b.period_start) "
+                "= (held.item_id, held.hour_start, held.period_start)"
+            )
 
     def settle_deltas(self, timeout_s: float = 30) -> None:
         """Stand in for the pusher until every counter is in deltas."""
