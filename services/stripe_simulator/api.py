@@ -1,4 +1,4 @@
-"""The v1 endpoints: each reads its parameters, does one thing, and returns Stripe's shape of the result."""
+"""The endpoints: each reads its parameters, does one thing, and returns Stripe's shape of the result."""
 
 from __future__ import annotations
 
@@ -19,23 +19,41 @@ from services.stripe_simulator.meters import (
     read_meter,
 )
 from services.stripe_simulator.paging import Page
+from services.stripe_simulator.sessions import Sessions
+from services.stripe_simulator.stream import EventStream, events_in
 from services.stripe_simulator.summaries import SummaryQuery, summarise
 
 CUSTOMERS = "/v1/customers"
 METERS = "/v1/billing/meters"
+BILLING_V2 = "/v2/billing"
 
 
 class Api:
-    def __init__(self, registry: Registry, ledger: Ledger, events: MeterEvents) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        ledger: Ledger,
+        events: MeterEvents,
+        sessions: Sessions,
+        stream: EventStream,
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._events = events
+        self._sessions = sessions
+        self._stream = stream
 
     def endpoints(self) -> dict[tuple[str, str], Endpoint]:
         """(method, route) → endpoint; the whole of the API that is simulated."""
         return {
             ("POST", "/v1/billing/meter_events"): Endpoint(self._create_event, self._events.subject),
             ("POST", "/v1/billing/meter_event_adjustments"): Endpoint(self._cancel_event),
+            ("POST", f"{BILLING_V2}/meter_events"): Endpoint(self._create_event_v2, self._events.subject),
+            ("POST", f"{BILLING_V2}/meter_event_adjustments"): Endpoint(self._cancel_event_v2),
+            ("POST", f"{BILLING_V2}/meter_event_session"): Endpoint(self._create_session),
+            ("POST", f"{BILLING_V2}/meter_event_stream"): Endpoint(
+                self._take_stream, self._stream.arrived, events_in
+            ),
             ("POST", METERS): Endpoint(self._create_meter),
             ("GET", METERS): Endpoint(self._list_meters),
             ("GET", f"{METERS}/{{id}}"): Endpoint(self._get_meter),
@@ -54,6 +72,18 @@ class Api:
 
     def _cancel_event(self, call: Call, params: Params, origin: Origin) -> Json:
         return self._events.cancel(params, origin)
+
+    def _create_event_v2(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._events.create_v2(params, origin)
+
+    def _cancel_event_v2(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._events.cancel_v2(params, origin)
+
+    def _create_session(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._sessions.create(params, origin, call.account)
+
+    def _take_stream(self, call: Call, params: Params, origin: Origin) -> Json:
+        return self._stream.take(params.everything(), origin)
 
     # Meters. `metadata` is an addition of the simulator: Stripe's meters have none.
 

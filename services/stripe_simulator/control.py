@@ -6,7 +6,6 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -17,6 +16,7 @@ from services.stripe_simulator.faults import read_rule
 from services.stripe_simulator.forms import Params
 from services.stripe_simulator.ledger import ROWS_MAX
 from services.stripe_simulator.meters import Customer, Meter, new_id, read_customer, read_meter
+from services.stripe_simulator.moments import rfc3339
 from services.stripe_simulator.simulator import Simulator
 
 log = structlog.get_logger()
@@ -73,8 +73,7 @@ def seed_meters(simulator: Simulator, _: web.Request, given: Any) -> Json:
 
 def show_clock(simulator: Simulator, _: web.Request, __: Any) -> Json:
     now = simulator.clock.now()
-    iso = datetime.fromtimestamp(now, UTC).isoformat()
-    return {"now": now, "iso": iso, "offset_seconds": simulator.clock.offset_seconds}
+    return {"now": now, "iso": rfc3339(now), "offset_seconds": simulator.clock.offset_seconds}
 
 
 def move_clock(simulator: Simulator, request: web.Request, given: Any) -> Json:

@@ -3,6 +3,7 @@
 ApiError                 an answer with a status; stored for its Idempotency-Key once execution began
 ├── InvalidParameters    400 before execution: never stored (docs.stripe.com/api/idempotent_requests)
 ├── Unauthenticated      401 before everything else
+│   └── SessionExpired   401: the stream's token is older than 15 minutes
 ├── TooManyRequests      429 before, or instead of, execution: never stored (docs.stripe.com/rate-limits)
 ├── KeyInUse             409: the first request with this Idempotency-Key is still running
 ├── KeyMismatch          400: this Idempotency-Key belongs to other parameters
@@ -39,6 +40,7 @@ class ApiError(Exception):
 
     status = 400
     type = "invalid_request_error"
+    type_v2: str | None = None  # where v2 uses a type of its own
     stored = True
 
     def __init__(
@@ -58,14 +60,14 @@ class ApiError(Exception):
         if status is not None:
             self.status = status
 
-    def answer(self) -> Answer:
+    def answer(self, *, v2: bool = False) -> Answer:
         doc_url = f"https://stripe.com/docs/error-codes/{self.code.replace('_', '-')}" if self.code else None
         fields = {
             "code": self.code,
             "doc_url": doc_url,
             "message": self.message,
             "param": self.param,
-            "type": self.type,
+            "type": self.type_v2 or self.type if v2 else self.type,
         }
         error = {name: value for name, value in fields.items() if value is not None}
         return Answer.of({"error": error}, self.status, self.headers)
@@ -83,6 +85,16 @@ class Unauthenticated(ApiError):
         super().__init__(message, headers={"WWW-Authenticate": 'Bearer realm="Stripe"'})
 
 
+class SessionExpired(Unauthenticated):
+    """The SDK raises TemporarySessionExpiredError for this type (docs.stripe.com/api/v2/billing)."""
+
+    type = "temporary_session_expired"
+
+    def __init__(self) -> None:
+        super().__init__("The meter event session has expired. Create a new one.")
+        self.code = "billing_meter_event_session_expired"
+
+
 class TooManyRequests(ApiError):
     """429. `reason` becomes Stripe-Rate-Limited-Reason; a lock timeout has none and asks to be retried.
 
@@ -90,6 +102,7 @@ class TooManyRequests(ApiError):
     """
 
     status = 429
+    type_v2 = "rate_limit"
     stored = False
 
     def __init__(self, reason: str | None, *, lock_timeout: bool = False) -> None:
@@ -143,6 +156,14 @@ class ServerFailure(ApiError):
     def __init__(self) -> None:
         message = "An unknown error occurred while processing your request."
         super().__init__(message, headers={"Stripe-Should-Retry": "false"})
+
+
+def too_many_concurrent_requests() -> ApiError:
+    """409: v2 declares the code; the status is the one others observed."""
+    message = "There are too many concurrent requests for this customer and meter."
+    error = ApiError(message, code="too_many_concurrent_requests", status=409)
+    error.stored = False
+    return error
 
 
 def missing_object(kind: str, object_id: str, *, param: str, status: int) -> ApiError:

@@ -30,7 +30,13 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from services.stripe_simulator.errors import Answer, ApiError, Json, TooManyRequests
+from services.stripe_simulator.errors import (
+    Answer,
+    ApiError,
+    Json,
+    TooManyRequests,
+    too_many_concurrent_requests,
+)
 
 NAMES = frozenset(
     {
@@ -79,8 +85,7 @@ class Fault:
         if self.status == 429:
             return TooManyRequests(self.reason, lock_timeout=self.lock_timeout).answer()
         if self.status == 409:
-            message = "There are too many concurrent requests for this customer and meter."
-            return ApiError(message, code="too_many_concurrent_requests", status=409).answer()
+            return too_many_concurrent_requests().answer()
         if self.is_gateway and not self.applied:
             return self.gateway_answer()
         if self.name == "reset_before_apply":

@@ -141,6 +141,11 @@ class Params:
         read = Params(value, self.name(name))
         return {key: read.text(key, length_max=length_max) or "" for key in value}
 
+    def everything(self) -> Form:
+        """All that is left, for a reader of its own."""
+        left, self._left = self._left, {}
+        return left
+
     def finish(self) -> None:
         if self._left:
             name = self.name(next(iter(self._left)))

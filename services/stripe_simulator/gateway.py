@@ -1,9 +1,11 @@
-"""The way of one v1 call: who asks, how often, whether again, and only then the work.
+"""The way of one call: who asks, how often, whether again, and only then the work.
 
 Order, for every call: key → rate → fault → idempotency (in flight, mismatch, replay) → one call per
 customer and meter → execution → stored → durable → answer. Rate limits and authentication run before
 idempotency (docs.stripe.com/error-low-level). Stripe does not say on which side of idempotency the limit of
 one call per customer and meter stands; here a replay or a key in flight is told so first.
+
+v1 sends forms, v2 JSON. The stream of v2 has a token instead of a key and a rate of its own, in events.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import structlog
 
 from services.stripe_simulator.clock import Clock
@@ -25,12 +28,14 @@ from services.stripe_simulator.errors import (
     ServerFailure,
     TooManyRequests,
     Unauthenticated,
+    too_many_concurrent_requests,
 )
 from services.stripe_simulator.faults import NO_FAULT, Fault, FaultTape
 from services.stripe_simulator.forms import Form, Params, decode_form
-from services.stripe_simulator.idempotency import IdempotencyKeys, KeyedRequest, Remembered
+from services.stripe_simulator.idempotency import V1, V2, IdempotencyKeys, KeyedRequest, Remembered
 from services.stripe_simulator.ledger import Origin
 from services.stripe_simulator.observations import Observations, SlidingSecond
+from services.stripe_simulator.sessions import Sessions
 from services.stripe_simulator.store import Store
 
 log = structlog.get_logger()
@@ -41,7 +46,7 @@ _TEST_KEY = re.compile(r"(sk|rk)_test_[A-Za-z0-9_]+")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request to the v1 API, read but not yet understood."""
+    """One HTTP request to the API, read but not yet understood."""
 
     method: str
     path: str
@@ -53,24 +58,49 @@ class Call:
     idempotency_key: str | None
     parts: dict[str, str]
 
+    @property
+    def v2(self) -> bool:
+        return self.path.startswith("/v2/")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`run` does the work; `subject` names the customer and meter that allow one call at a time."""
+    """`run` does the work; `subject` names the customer and meter that allow one call at a time.
+
+    `events_in` is set for the stream: it says how many events a body holds, and a session token is the key.
+    """
 
     run: Callable[[Call, Params, Origin], Json]
     subject: Callable[[Form], tuple[str, str] | None] = field(default=lambda form: None)
+    events_in: Callable[[Form], int] | None = None
 
 
-def authenticate(authorization: str) -> None:
+def bearer(authorization: str) -> str:
     scheme, _, key = authorization.partition(" ")
     if scheme.lower() != "bearer" or not key:
         raise Unauthenticated(
             "You did not provide an API key. You need to provide your API key in the Authorization header, "
             "using Bearer auth (e.g. 'Authorization: Bearer YOUR_SECRET_KEY')."
         )
-    if not _TEST_KEY.fullmatch(key):
-        raise Unauthenticated(f"Invalid API Key provided: {key[:3]}****")
+    return key
+
+
+def read_form(call: Call) -> Form:
+    """The parameters: from a query or a form in v1, from a query or JSON in v2."""
+    if not call.v2 or call.method == "GET":
+        if call.is_json:
+            message = "Invalid request body: v1 expects application/x-www-form-urlencoded, not JSON."
+            raise InvalidParameters(message)
+        return decode_form(call.encoded)
+    if not call.encoded:
+        return {}
+    try:
+        decoded = msgspec.json.decode(call.encoded)
+    except msgspec.DecodeError as error:
+        raise InvalidParameters("Invalid request body: v2 expects JSON.", code="invalid_json") from error
+    if not isinstance(decoded, dict):
+        raise InvalidParameters("Invalid request body: v2 expects a JSON object.", code="invalid_json")
+    return decoded
 
 
 class Gateway:
@@ -79,41 +109,55 @@ class Gateway:
         config: SimulatorConfig,
         clock: Clock,
         store: Store,
-        keys: IdempotencyKeys,
+        sessions: Sessions,
         faults: FaultTape,
         observations: Observations,
     ) -> None:
         self._config = config
         self._clock = clock
         self._store = store
-        self._keys = keys
+        self._sessions = sessions
+        self._keys_v1, self._keys_v2 = IdempotencyKeys(store, clock, V1), IdempotencyKeys(store, clock, V2)
         self._faults = faults
         self._observations = observations
-        self._admitted = SlidingSecond()
+        self._admitted, self._streamed = SlidingSecond(), SlidingSecond()
 
     async def respond(self, call: Call, endpoint: Endpoint) -> tuple[Answer, Fault]:
         """The answer, and the fault under which it is to be delivered."""
         fault = NO_FAULT
         try:
-            authenticate(call.authorization)
-            form = decode_form(call.encoded) if not call.is_json else refuse_json()
+            call = self._authenticated(call, endpoint)
+            form = read_form(call)
             subject = endpoint.subject(form)
-            self._admit()
+            self._admit(endpoint, form)
             fault = self._pick_fault(call)
             answer = fault.before_execution()
             if answer is None:
                 answer = await self._once(call, endpoint, form, subject, fault)
         except ApiError as refusal:
-            answer = refusal.answer()
+            answer = refusal.answer(v2=call.v2)
         if fault.is_gateway:
             answer = fault.gateway_answer()
         return answer, fault
 
-    def _admit(self) -> None:
+    def _authenticated(self, call: Call, endpoint: Endpoint) -> Call:
+        key = bearer(call.authorization)
+        if endpoint.events_in is not None:
+            return replace(call, account=self._sessions.account(key, self._clock.now()))
+        if not _TEST_KEY.fullmatch(key):
+            raise Unauthenticated(f"Invalid API Key provided: {key[:3]}****")
+        return call
+
+    def _admit(self, endpoint: Endpoint, form: Form) -> None:
         now = asyncio.get_running_loop().time()
-        if self._admitted.count(now) >= max(1.0, self._config.rate_per_second):
+        if endpoint.events_in is None:
+            events, admitted, limit = 1, self._admitted, self._config.rate_per_second
+        else:
+            events, admitted = endpoint.events_in(form), self._streamed
+            limit = self._config.stream_rate_per_second
+        if admitted.count(now) + events > max(events, limit):
             raise TooManyRequests("global-rate")
-        self._admitted.add(now)
+        admitted.add(now, events)
 
     def _pick_fault(self, call: Call) -> Fault:
         fault = self._faults.pick(call.method, call.path)
@@ -127,29 +171,30 @@ class Gateway:
         self, call: Call, endpoint: Endpoint, form: Form, subject: tuple[str, str] | None, fault: Fault
     ) -> Answer:
         """Execute, or repeat what the same key did before."""
-        keyed = None
+        keys, keyed = self._keys_v2 if call.v2 else self._keys_v1, None
         if call.method == "POST" and call.idempotency_key:
-            keyed = KeyedRequest.of(call.account, call.idempotency_key, call.path, form)
-            remembered = self._keys.find(keyed)
+            scope = f"{call.account} {call.path}" if call.v2 else call.account
+            keyed = KeyedRequest.of(scope, call.idempotency_key, call.path, form)
+            remembered = keys.find(keyed)
             if remembered is not None:
                 self._observations.happened("replays")
                 return replayed(remembered)
-        with self._keys.running(keyed), self._observations.in_flight.holding(subject) as at_work:
+        with keys.running(keyed), self._observations.in_flight.holding(subject) as at_work:
             if at_work > 1 and self._config.concurrency_limit_per_customer_meter:
                 self._observations.happened("concurrency_refused")
-                raise TooManyRequests("endpoint-concurrency")
+                raise self._concurrency_refusal(call)
             if fault.name == "slow":
                 await asyncio.sleep(fault.seconds)
             answer, stored = self._execute(call, endpoint, form, fault)
             if keyed is not None and stored and fault.remember:
-                self._keys.remember(keyed, answer, call.request_id)
+                keys.remember(keyed, answer, call.request_id)
             await self._store.durable()
         return answer
 
     def _execute(self, call: Call, endpoint: Endpoint, form: Form, fault: Fault) -> tuple[Answer, bool]:
         """The answer, and whether an Idempotency-Key keeps it. Runs without an await: one transaction."""
         origin = Origin(call.request_id, call.idempotency_key, self._clock.now())
-        failed = ServerFailure().answer() if fault.status == 500 else None
+        failed = ServerFailure().answer(v2=call.v2) if fault.status == 500 else None
         if failed is not None and not fault.applied:
             return failed, True
         try:
@@ -157,12 +202,13 @@ class Gateway:
         except ApiError as refusal:
             if failed is not None and refusal.stored:
                 return failed, True
-            return refusal.answer(), refusal.stored
+            return refusal.answer(v2=call.v2), refusal.stored
         return failed or Answer.of(body), True
 
-
-def refuse_json() -> Form:
-    raise InvalidParameters("Invalid request body: v1 expects application/x-www-form-urlencoded, not JSON.")
+    def _concurrency_refusal(self, call: Call) -> ApiError:
+        if call.v2 or self._config.concurrency_refusal_status == 409:
+            return too_many_concurrent_requests()
+        return TooManyRequests("endpoint-concurrency")
 
 
 def replayed(remembered: Remembered) -> Answer:

@@ -1,9 +1,13 @@
-"""Idempotency-Key: the first result of a POST is the result, for a day.
+"""Idempotency-Key: the first result of a POST is the result, for a day; in v2 the first success, for a month.
 
-As documented (docs.stripe.com/api/idempotent_requests): the status and body of the first request are saved
+v1, as documented (docs.stripe.com/api/idempotent_requests): status and body of the first request are saved
 once execution began, 500s included, and returned for the same key and parameters; other parameters are
 refused; parameter validation, 401, 429 and a conflict with a request in flight save nothing. Keys live for
 24 hours and are then forgotten. A key belongs to one account.
+
+v2, as documented (docs.stripe.com/api-v2-overview): the same key for the same endpoint and account within 30
+days changes nothing more once it succeeded; a request that failed is executed again. Choices: the repeated
+answer is the first one and carries the marks of v1; other parameters are refused as in v1.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
+
+import msgspec
 
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.errors import Answer, InvalidParameters, KeyInUse, KeyMismatch
@@ -20,9 +27,20 @@ from services.stripe_simulator.forms import Form
 from services.stripe_simulator.store import Store
 
 KEY_LENGTH_MAX = 255
-KEPT_SECONDS = 24 * 3600
 PRUNE_EVERY_SECONDS = 3600
-_canonical = json.JSONEncoder(sort_keys=True).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What one version of the API keeps, where, and for how long."""
+
+    table: str
+    kept_seconds: float
+    keeps_failures: bool
+
+
+V1 = Retention("idempotency", 24 * 3600, keeps_failures=True)
+V2 = Retention("idempotency_v2", 30 * 24 * 3600, keeps_failures=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +57,7 @@ class KeyedRequest:
             raise InvalidParameters(f"Invalid Idempotency-Key: it has more than {KEY_LENGTH_MAX} characters")
         if not key.isascii():
             raise InvalidParameters("Invalid Idempotency-Key: it is not ASCII")
-        canonical = _canonical([path, form]).encode()
+        canonical = msgspec.json.encode([path, form], order="sorted")
         return cls(account, key, hashlib.blake2b(canonical, digest_size=16).digest())
 
 
@@ -50,7 +68,8 @@ class Remembered:
 
 
 class IdempotencyKeys:
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, retention: Retention = V1) -> None:
+        self._retention = retention
         self._store = store
         self._clock = clock
         self._in_flight: set[tuple[str, str]] = set()
@@ -61,9 +80,9 @@ class IdempotencyKeys:
         if (request.account, request.key) in self._in_flight:
             raise KeyInUse()
         row = self._store.read_one(
-            "SELECT fingerprint, status, headers, body, request_id FROM idempotency"
+            f"SELECT fingerprint, status, headers, body, request_id FROM {self._retention.table}"  # noqa: S608
             " WHERE account = ? AND key = ? AND created_at > ?",
-            (request.account, request.key, self._clock.now() - KEPT_SECONDS),
+            (request.account, request.key, self._clock.now() - self._retention.kept_seconds),
         )
         if row is None:
             return None
@@ -86,9 +105,11 @@ class IdempotencyKeys:
             self._in_flight.discard(held)
 
     def remember(self, request: KeyedRequest, answer: Answer, request_id: str) -> None:
+        if answer.status >= HTTPStatus.BAD_REQUEST and not self._retention.keeps_failures:
+            return
         now = self._clock.now()
         self._store.write(
-            "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR REPLACE INTO {self._retention.table} VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
             (
                 request.account,
                 request.key,
@@ -101,5 +122,6 @@ class IdempotencyKeys:
             ),
         )
         if abs(now - self._pruned_at) > PRUNE_EVERY_SECONDS:
-            self._store.write("DELETE FROM idempotency WHERE created_at <= ?", (now - KEPT_SECONDS,))
+            sql = f"DELETE FROM {self._retention.table} WHERE created_at <= ?"  # noqa: S608
+            self._store.write(sql, (now - self._retention.kept_seconds,))
             self._pruned_at = now

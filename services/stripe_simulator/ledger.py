@@ -7,14 +7,17 @@ and round; nothing here does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from typing import TypeAlias
 
 from services.stripe_simulator.errors import Json
 from services.stripe_simulator.store import Store
 
 ROWS_MAX = 100_000
+
+IdentifierUse: TypeAlias = "tuple[str, str, str, str]"  # identifier, event name, customer, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class AsyncError:
-    """An event that was answered 200 and then failed, as `error_report_triggered` would name it."""
+    """An event that was answered 200 and then failed, as `error_report_triggered` names it."""
 
     code: str
     message: str
     identifier: str
     event_name: str
     customer: str | None
+    meter: str | None
 
 
 TOTALS = """
@@ -99,43 +103,56 @@ class Ledger:
 
     # Writing
 
-    def append(self, event: Applied, origin: Origin) -> None:
-        self._store.write(
-            "INSERT INTO ledger (identifier, event_name, meter, customer, value, timestamp, received_at,"
-            " visible_at, idempotency_key, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                event.identifier,
-                event.event_name,
-                event.meter,
-                event.customer,
-                text(event.value),
-                event.timestamp,
-                origin.received_at,
-                event.visible_at,
-                origin.idempotency_key,
-                origin.request_id,
-            ),
+    def append(self, events: Sequence[Applied], origin: Origin) -> None:
+        if not events:
+            return
+        before = int(self._store.read_one("SELECT coalesce(max(sequence), 0) FROM ledger")[0])
+        self._store.write_many(
+            "INSERT INTO ledger (sequence, identifier, event_name, meter, customer, value, timestamp,"
+            " received_at, visible_at, idempotency_key, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    sequence,
+                    event.identifier,
+                    event.event_name,
+                    event.meter,
+                    event.customer,
+                    text(event.value),
+                    event.timestamp,
+                    origin.received_at,
+                    event.visible_at,
+                    origin.idempotency_key,
+                    origin.request_id,
+                )
+                for sequence, event in enumerate(events, before + 1)
+            ],
         )
-        if event.dimensions:
-            self._store.write(
-                "INSERT INTO ledger_dimensions SELECT max(sequence), ? FROM ledger",
-                (json.dumps(dict(event.dimensions)),),
-            )
+        dimensions = [
+            (sequence, json.dumps(dict(event.dimensions)))
+            for sequence, event in enumerate(events, before + 1)
+            if event.dimensions
+        ]
+        if dimensions:
+            self._store.write_many("INSERT INTO ledger_dimensions VALUES (?, ?)", dimensions)
 
-    def report(self, error: AsyncError, origin: Origin) -> None:
-        self._store.write(
+    def report(self, errors: Sequence[AsyncError], origin: Origin) -> None:
+        self._store.write_many(
             "INSERT INTO error_reports"
-            " (code, message, identifier, event_name, customer, received_at, request_id)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                error.code,
-                error.message,
-                error.identifier,
-                error.event_name,
-                error.customer,
-                origin.received_at,
-                origin.request_id,
-            ),
+            " (code, message, identifier, event_name, customer, received_at, request_id, meter)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    error.code,
+                    error.message,
+                    error.identifier,
+                    error.event_name,
+                    error.customer,
+                    origin.received_at,
+                    origin.request_id,
+                    error.meter,
+                )
+                for error in errors
+            ],
         )
 
     def cancel(self, sequence: int, cancelled_at: float, visible_at: float) -> None:
@@ -144,12 +161,16 @@ class Ledger:
 
     def saw_identifier(self, identifier: str, event_name: str, customer: str, value: str) -> None:
         """Remember what an identifier was first sent for, whatever became of that request."""
-        use = (identifier, event_name, customer, value)
-        if self._store.write("INSERT OR IGNORE INTO identifier_uses VALUES (?, ?, ?, ?)", use):
+        self.saw_identifiers([(identifier, event_name, customer, value)])
+
+    def saw_identifiers(self, uses: Sequence[IdentifierUse]) -> None:
+        new = self._store.write_many("INSERT OR IGNORE INTO identifier_uses VALUES (?, ?, ?, ?)", uses)
+        if new == len(uses):
             return
-        first = self._store.read_one("SELECT * FROM identifier_uses WHERE identifier = ?", (identifier,))
-        if tuple(first) != use:
-            self._store.write("INSERT OR IGNORE INTO identifier_conflicts VALUES (?, ?, ?, ?)", use)
+        for use in uses:
+            first = self._store.read_one("SELECT * FROM identifier_uses WHERE identifier = ?", (use[0],))
+            if tuple(first) != use:
+                self._store.write("INSERT OR IGNORE INTO identifier_conflicts VALUES (?, ?, ?, ?)", use)
 
     # Identifiers
 
@@ -161,6 +182,16 @@ class Ledger:
             {"identifier": identifier, "event_name": event_name},
         )
         return None if row[0] is None else float(row[0])
+
+    def accepted_since(self, identifiers: Sequence[str], since: float | None) -> set[tuple[str, str]]:
+        """(identifier, event name) of those accepted at `since` or later; None is for ever."""
+        rows = self._store.read(
+            "SELECT identifier, event_name FROM accepted"
+            " WHERE identifier IN (SELECT value FROM json_each(:identifiers))"
+            " AND (:since IS NULL OR received_at >= :since)",
+            {"identifiers": json.dumps(list(identifiers)), "since": since},
+        )
+        return {(identifier, event_name) for identifier, event_name in rows}
 
     def latest(self, identifier: str, event_name: str) -> Row | None:
         row = self._store.read_one(

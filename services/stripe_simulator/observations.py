@@ -22,6 +22,7 @@ EVENT_ROUTE = "POST /v1/billing/meter_events"
 MEANINGS = {
     "applied": "Meter events that reached the ledger",
     "duplicates_refused": "Meter events refused for their identifier",
+    "duplicates_ignored": "Meter events of the stream left out for their identifier",
     "replays": "Answers repeated for an Idempotency-Key",
     "reported": "Meter events accepted that failed afterwards",
     "concurrency_refused": "Calls refused for a customer and meter that already had one",
@@ -32,16 +33,18 @@ class SlidingSecond:
     """How many things happened in the last second, and the most in any one second."""
 
     def __init__(self) -> None:
-        self._moments: deque[float] = deque()
+        self._moments: deque[tuple[float, int]] = deque()
+        self._count = 0
         self.most = 0
 
     def count(self, now: float) -> int:
-        while self._moments and self._moments[0] <= now - 1:
-            self._moments.popleft()
-        return len(self._moments)
+        while self._moments and self._moments[0][0] <= now - 1:
+            self._count -= self._moments.popleft()[1]
+        return self._count
 
-    def add(self, now: float) -> None:
-        self._moments.append(now)
+    def add(self, now: float, times: int = 1) -> None:
+        self._moments.append((now, times))
+        self._count += times
         self.most = max(self.most, self.count(now))
 
 
@@ -94,11 +97,11 @@ class Observations(Collector):
     def fault_played(self, name: str) -> None:
         self._faults[name] += 1
 
-    def happened(self, what: str) -> None:
-        """One more of a kind that MEANINGS names."""
+    def happened(self, what: str, times: int = 1) -> None:
+        """More of a kind that MEANINGS names."""
         if what not in MEANINGS:
             raise ValueError(f"unknown observation {what}")
-        self._counts[what] += 1
+        self._counts[what] += times
 
     def to_json(self) -> Json:
         return {

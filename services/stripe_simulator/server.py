@@ -20,12 +20,13 @@ from services.stripe_simulator.errors import Answer, ApiError, unrecognized_url
 from services.stripe_simulator.events import MeterEvents
 from services.stripe_simulator.faults import NO_FAULT, FaultTape
 from services.stripe_simulator.gateway import DEFAULT_ACCOUNT, Call, Endpoint, Gateway
-from services.stripe_simulator.idempotency import IdempotencyKeys
 from services.stripe_simulator.ledger import Ledger
 from services.stripe_simulator.meters import Registry
 from services.stripe_simulator.observations import Observations
+from services.stripe_simulator.sessions import Sessions
 from services.stripe_simulator.simulator import Simulator
 from services.stripe_simulator.store import Store
+from services.stripe_simulator.stream import EventStream
 
 log = structlog.get_logger()
 
@@ -40,7 +41,7 @@ def create_app(config: SimulatorConfig) -> web.Application:
     simulator = assemble(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     for (method, route), endpoint in simulator.endpoints.items():
-        app.router.add_route(method, route, _v1_handler(simulator, f"{method} {route}", endpoint))
+        app.router.add_route(method, route, _api_handler(simulator, f"{method} {route}", endpoint))
     add_control_routes(app, simulator)
     _add_operating_routes(app, simulator)
     app.router.add_route("*", "/{unknown:.*}", _unknown_url(simulator))
@@ -60,9 +61,10 @@ def assemble(config: SimulatorConfig) -> Simulator:
     store = Store(config.data_path)
     clock = Clock(offset_seconds=float(store.setting("clock_offset_seconds", "0")))
     registry, ledger, observations = Registry(store), Ledger(store), Observations()
-    keys, faults = IdempotencyKeys(store, clock), FaultTape(config.seed)
+    sessions, faults = Sessions(store), FaultTape(config.seed)
     dice = random.Random(config.seed)  # noqa: S311  repeatable lag, not secrets
-    events = MeterEvents(config, clock, registry, ledger, observations, dice)
+    events = MeterEvents(config, registry, ledger, observations, dice)
+    stream = EventStream(config, registry, ledger, events, observations)
     return Simulator(
         config=config,
         store=store,
@@ -72,13 +74,13 @@ def assemble(config: SimulatorConfig) -> Simulator:
         observations=observations,
         faults=faults,
         dice=dice,
-        gateway=Gateway(config, clock, store, keys, faults, observations),
-        endpoints=Api(registry, ledger, events).endpoints(),
+        gateway=Gateway(config, clock, store, sessions, faults, observations),
+        endpoints=Api(registry, ledger, events, sessions, stream).endpoints(),
         closing=asyncio.Event(),
     )
 
 
-def _v1_handler(simulator: Simulator, route: str, endpoint: Endpoint) -> Handler:
+def _api_handler(simulator: Simulator, route: str, endpoint: Endpoint) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         simulator.observations.arrived(route, asyncio.get_running_loop().time())
         call = await _read_call(request)

@@ -41,7 +41,7 @@ CREATE INDEX IF NOT EXISTS ledger_by_usage ON ledger (meter, customer, timestamp
 CREATE TABLE IF NOT EXISTS ledger_dimensions (sequence INTEGER PRIMARY KEY, dimensions TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS error_reports (
     sequence INTEGER PRIMARY KEY, code TEXT NOT NULL, message TEXT NOT NULL, identifier TEXT NOT NULL,
-    event_name TEXT NOT NULL, customer TEXT, received_at REAL NOT NULL, request_id TEXT NOT NULL
+    event_name TEXT NOT NULL, customer TEXT, received_at REAL NOT NULL, request_id TEXT NOT NULL, meter TEXT
 );
 CREATE INDEX IF NOT EXISTS error_reports_by_identifier ON error_reports (identifier);
 CREATE VIEW IF NOT EXISTS ledger_rows AS
@@ -63,7 +63,18 @@ CREATE TABLE IF NOT EXISTS idempotency (
     headers TEXT NOT NULL, body BLOB NOT NULL, request_id TEXT NOT NULL, created_at REAL NOT NULL,
     PRIMARY KEY (account, key)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS idempotency_v2 (
+    account TEXT NOT NULL, key TEXT NOT NULL, fingerprint BLOB NOT NULL, status INTEGER NOT NULL,
+    headers TEXT NOT NULL, body BLOB NOT NULL, request_id TEXT NOT NULL, created_at REAL NOT NULL,
+    PRIMARY KEY (account, key)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sessions (
+    token TEXT PRIMARY KEY, account TEXT NOT NULL, expires_at REAL NOT NULL
+) WITHOUT ROWID;
 """
+
+# Columns that files of an earlier version lack: (table, column, declaration).
+LATER_COLUMNS = (("error_reports", "meter", "TEXT"),)
 
 TABLES = (
     "settings",
@@ -75,6 +86,8 @@ TABLES = (
     "identifier_uses",
     "identifier_conflicts",
     "idempotency",
+    "idempotency_v2",
+    "sessions",
 )
 
 
@@ -107,6 +120,7 @@ class Store:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.executescript(SCHEMA)
+        self._add_later_columns()
         self._commit: asyncio.Future[None] | None = None
         self.failure: Exception | None = None
 
@@ -123,13 +137,23 @@ class Store:
 
     def write(self, sql: str, values: Values = ()) -> int:
         """Change rows in the open transaction; returns how many changed."""
+        self._begin()
+        return self._db.execute(sql, values).rowcount
+
+    def write_many(self, sql: str, rows: Sequence[Values]) -> int:
+        """The same statement for each row; returns how many rows changed in all."""
+        if not rows:
+            return 0
+        self._begin()
+        return self._db.executemany(sql, rows).rowcount
+
+    def _begin(self) -> None:
         if self.failure is not None:
             raise RuntimeError("the simulator's database failed earlier") from self.failure
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
         if self._commit is None and not self._in_memory:
             self._schedule_commit()
-        return self._db.execute(sql, values).rowcount
 
     async def durable(self) -> None:
         """Return when everything written so far would survive the death of this process."""
@@ -151,6 +175,12 @@ class Store:
         if self._db.in_transaction and self.failure is None:
             self._db.execute("COMMIT")
         self._db.close()
+
+    def _add_later_columns(self) -> None:
+        for table, column, declaration in LATER_COLUMNS:
+            known = [row[1] for row in self.read(f"PRAGMA table_info({table})")]
+            if column not in known:
+                self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {declaration}")
 
     def _schedule_commit(self) -> None:
         try:

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, cast
 
-import httpx
 import pytest
 import stripe
 
-from services.stripe_simulator import SimulatorControl, running_simulator
-
-http = httpx.Client()  # one TLS context for all: making it costs more than a call
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[SimulatorControl]:
-    with running_simulator() as control:
-        yield control
-
-
-@pytest.fixture
-def sim(running: SimulatorControl) -> SimulatorControl:
-    running.reset()
-    running.seed(customers=["cus_1", "cus_2"], meters=["calls", "bytes"])
-    return running
-
-
-def sdk(sim: SimulatorControl) -> stripe.StripeClient:
-    stripe.enable_telemetry = False
-    return stripe.StripeClient("sk_test_x", base_addresses={"api": sim.url}, max_network_retries=0)
+from services.stripe_simulator import SimulatorControl
+from tests.contract.stripe_calls import AUTHORIZATION, http, sdk
 
 
 def use(sim: SimulatorControl, customer: str, value: str, timestamp: int) -> None:
@@ -62,7 +41,7 @@ def test_an_unknown_url_is_answered_as_stripe_does(sim: SimulatorControl) -> Non
     assert response.status_code == 404
     assert response.json()["error"]["message"].startswith("Unrecognized request URL (GET: /v1/unicorns).")
     assert http.delete(f"{sim.url}/v1/customers/cus_1").status_code == 404
-    assert http.post(f"{sim.url}/v2/billing/meter_events").status_code == 404
+    assert http.post(f"{sim.url}/v2/billing/unicorns").status_code == 404
 
 
 def test_every_answer_has_a_request_id_and_the_version_of_the_caller(sim: SimulatorControl) -> None:
@@ -74,7 +53,7 @@ def test_every_answer_has_a_request_id_and_the_version_of_the_caller(sim: Simula
 
 
 def test_errors_leave_out_what_they_do_not_have(sim: SimulatorControl) -> None:
-    response = http.get(f"{sim.url}/v1/customers/cus_9", headers={"Authorization": "Bearer sk_test_x"})
+    response = http.get(f"{sim.url}/v1/customers/cus_9", headers=AUTHORIZATION)
     assert response.status_code == 404
     assert response.json() == {
         "error": {
@@ -88,7 +67,7 @@ def test_errors_leave_out_what_they_do_not_have(sim: SimulatorControl) -> None:
 
 
 def test_json_bodies_are_refused_on_v1(sim: SimulatorControl) -> None:
-    headers = {"Authorization": "Bearer sk_test_x"}
+    headers = AUTHORIZATION
     assert http.post(f"{sim.url}/v1/customers", json={"name": "a"}, headers=headers).status_code == 400
 
 
@@ -149,7 +128,7 @@ def test_the_ledger_and_totals_are_exact_and_can_be_filtered(sim: SimulatorContr
 
 def test_statistics_count_answers_by_route_and_status(sim: SimulatorControl) -> None:
     use(sim, "cus_1", "1", int(sim.now()))
-    http.get(f"{sim.url}/v1/customers/cus_9", headers={"Authorization": "Bearer sk_test_x"})
+    http.get(f"{sim.url}/v1/customers/cus_9", headers=AUTHORIZATION)
     stats = sim.stats()
     assert stats["requests"] == [
         {"route": "GET /v1/customers/{id}", "status": 404, "count": 1},

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-
-http = httpx.Client()  # one TLS context for all: making it costs more than a call
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[SimulatorControl]:
-    with running_simulator() as control:
-        yield control
-
-
-@pytest.fixture
-def sim(running: SimulatorControl) -> SimulatorControl:
-    running.reset()
-    running.seed(customers=["cus_1", "cus_2"], meters=["calls", "bytes"])
-    return running
+from tests.contract.stripe_calls import AUTHORIZATION, http
 
 
 def send(
@@ -40,7 +25,7 @@ def send(
         "payload[stripe_customer_id]": customer,
         "payload[value]": "5",
     }
-    headers = {"Authorization": "Bearer sk_test_x"} | ({"Idempotency-Key": key} if key else {})
+    headers = AUTHORIZATION | ({"Idempotency-Key": key} if key else {})
     return http.post(f"{sim.url}/v1/billing/meter_events", data=form, headers=headers, timeout=timeout)
 
 
@@ -150,7 +135,7 @@ def test_a_fault_names_its_requests_by_path_method_and_number(sim: SimulatorCont
     )
     statuses = [send(sim, f"id-{number}").status_code for number in range(4)]
     assert statuses == [200, 200, 503, 200]
-    headers = {"Authorization": "Bearer sk_test_x"}
+    headers = AUTHORIZATION
     assert http.get(f"{sim.url}/v1/customers/cus_1", headers=headers).status_code == 504
 
 
@@ -211,7 +196,7 @@ def test_without_the_limit_concurrent_calls_are_only_observed() -> None:
 def test_calls_beyond_the_rate_are_refused_for_the_account() -> None:
     with running_simulator(SimulatorConfig(port=0, rate_per_second=5)) as sim:
         sim.seed(customers=["cus_1"], meters=["calls"])
-        with httpx.Client(base_url=sim.url, headers={"Authorization": "Bearer sk_test_x"}) as client:
+        with httpx.Client(base_url=sim.url, headers=AUTHORIZATION) as client:
             answers = [client.get("/v1/customers") for _ in range(12)]
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) == 7

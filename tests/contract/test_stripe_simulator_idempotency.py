@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
 import stripe
 
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-
-http = httpx.Client()  # one TLS context for all: making it costs more than a call
-
-DAY = 86400
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[SimulatorControl]:
-    with running_simulator() as control:
-        yield control
-
-
-@pytest.fixture
-def sim(running: SimulatorControl) -> SimulatorControl:
-    running.reset()
-    running.seed(customers=["cus_1", "cus_2"], meters=["calls"])
-    return running
+from tests.contract.stripe_calls import AUTHORIZATION, DAY, http
 
 
 def send(
     sim: SimulatorControl, key: str | None, account: str | None = None, **changes: str
 ) -> httpx.Response:
     form = {"event_name": "calls", "payload[stripe_customer_id]": "cus_1", "payload[value]": "5"} | changes
-    headers = {"Authorization": "Bearer sk_test_x"}
+    headers = dict(AUTHORIZATION)
     headers |= {"Idempotency-Key": key} if key is not None else {}
     headers |= {"Stripe-Account": account} if account is not None else {}
     return http.post(f"{sim.url}/v1/billing/meter_events", data=form, headers=headers)

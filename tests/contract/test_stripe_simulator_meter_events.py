@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
 import stripe
 
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-
-http = httpx.Client()  # one TLS context for all: making it costs more than a call
-
-DAY = 86400
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[SimulatorControl]:
-    with running_simulator() as control:
-        yield control
-
-
-@pytest.fixture
-def sim(running: SimulatorControl) -> SimulatorControl:
-    running.reset()
-    running.seed(customers=["cus_1", "cus_2"], meters=["calls", "bytes"])
-    return running
+from tests.contract.stripe_calls import AUTHORIZATION, DAY, http, sdk
 
 
 def send(sim: SimulatorControl, **changes: str) -> httpx.Response:
@@ -33,18 +15,13 @@ def send(sim: SimulatorControl, **changes: str) -> httpx.Response:
     form = {"event_name": "calls", "customer": "cus_1", "value": "5"} | changes
     form["payload[stripe_customer_id]"] = form.pop("customer")
     form["payload[value]"] = form.pop("value")
-    headers = {"Authorization": "Bearer sk_test_x"}
+    headers = AUTHORIZATION
     return http.post(f"{sim.url}/v1/billing/meter_events", data=form, headers=headers)
 
 
 def error(response: httpx.Response) -> dict[str, str]:
     assert response.status_code == 400
     return dict(response.json()["error"])
-
-
-def sdk(sim: SimulatorControl) -> stripe.StripeClient:
-    stripe.enable_telemetry = False
-    return stripe.StripeClient("sk_test_x", base_addresses={"api": sim.url}, max_network_retries=0)
 
 
 def test_the_official_sdk_creates_a_meter_event_and_the_ledger_holds_it(sim: SimulatorControl) -> None:
@@ -170,7 +147,7 @@ def test_strict_values_are_positive_integers() -> None:
 
 def test_a_missing_value_is_refused_but_a_counting_meter_needs_none(sim: SimulatorControl) -> None:
     sim.seed(meters=[{"event_name": "hits", "default_aggregation": {"formula": "count"}}])
-    headers = {"Authorization": "Bearer sk_test_x"}
+    headers = AUTHORIZATION
     for event_name, status in (("calls", 400), ("hits", 200)):
         form = {"event_name": event_name, "payload[stripe_customer_id]": "cus_1"}
         answer = http.post(f"{sim.url}/v1/billing/meter_events", data=form, headers=headers)

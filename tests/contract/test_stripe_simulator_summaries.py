@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,18 +9,9 @@ import pytest
 import stripe
 
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
+from tests.contract.stripe_calls import AUTHORIZATION, DAY, HOUR, http
 
-http = httpx.Client()  # one TLS context for all: making it costs more than a call
-
-HOUR, DAY = 3600, 86400
 MIDNIGHT = 1_800_057_600  # 2027-01-16T00:00:00Z
-AUTHORIZATION = {"Authorization": "Bearer sk_test_x"}
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[SimulatorControl]:
-    with running_simulator() as control:
-        yield control
 
 
 @pytest.fixture
