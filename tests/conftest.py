@@ -21,12 +21,17 @@ import psycopg
 import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from hypothesis import HealthCheck, settings
 
 from services.wire.migrations import apply_migrations
 from services.wire.settings import Settings, load_settings
 from services.wire.topics import create_topics, plan_topics
 
 pytest.register_assert_rewrite("tests.pipeline")
+
+# How long a machine takes to make an example says nothing about the product.
+settings.register_profile("house", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 
 # Started in the background, this process may have been told to ignore Ctrl-C, and its children with it.

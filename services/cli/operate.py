@@ -1,4 +1,4 @@
-"""``tidemeter resume`` and ``tidemeter retry-failed``: an operator says go on."""
+"""``tidemeter resume``: an operator says go on."""
 
 from __future__ import annotations
 
@@ -79,21 +79,3 @@ def _partition(text: str) -> Partition:
     if not slash or not number.isdigit():
         raise fail(f"{text!r} is not topic/number, such as usage.v3/0", MISUSED)
     return Partition(topic, int(number))
-
-
-def retry_failed(
-    tenant: Annotated[str, typer.Option(help="Whose failed pushes to send again.")],
-    meter: Annotated[str | None, typer.Option(help="Only of this meter.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Send again what Stripe refused for good, once its cause is fixed: under new identifiers, once.
-
-    Example: tidemeter retry-failed --tenant acme --meter api_requests
-    """
-    from services.pusher.journal import release_failed
-
-    with sentences(), database() as db, db.transaction():
-        released = release_failed(db, tenant, meter)
-    typer.echo(
-        json.dumps({"released": released}) if as_json else f"{released} failed pushes will be sent again"
-    )

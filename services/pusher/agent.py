@@ -9,10 +9,13 @@ import structlog
 
 from schemas.catalog import check_catalog
 from services.pusher.intents import intent_of
-from services.pusher.journal import PRODUCER, record_intents
+from services.pusher.journal import record_intents
+from services.pusher.ops import PRODUCER
 from services.pusher.sender import Sender, SenderConfig
 from services.pusher.sinks import Sink
 from services.pusher.sinks.stripe import StripeSink
+from services.pusher.sinks.stripe_stream import StripeStreamSink
+from services.pusher.sinks.webhook import WebhookSink
 from services.streaming import breaker, offsets, outbox
 from services.streaming.chunks import Chunk
 from services.streaming.observe import Health
@@ -134,19 +137,32 @@ def _parked(chunk: Chunk, index: int, error: Poison) -> list[OutboxRow]:
     ]
 
 
+def sink_of(settings: Settings) -> Sink:
+    """The sink that the operator chose.
+
+    Raises:
+        Misconfigured: no Stripe key, or a live one that was not allowed; a webhook without address or secret.
+    """
+    if settings.sink == "webhook":
+        url, secret = settings.webhook_sink()
+        return WebhookSink(url, secret=secret, timeout_seconds=settings.stripe_timeout_seconds)
+    return (StripeStreamSink if settings.streams else StripeSink).from_settings(settings)
+
+
 async def run(settings: Settings, sink: Sink | None = None) -> None:
     """Run one pusher until it is told to stop.
 
     Raises:
-        Misconfigured: no Stripe key, or a live one that was not allowed.
+        Misconfigured: as :func:`sink_of`.
     """
     check_catalog()
     chain = upcasters()
     check_chain(chain)
-    sink = sink or StripeSink.from_settings(settings)
+    sink = sink or sink_of(settings)
     health = Health()
     sender = Sender(settings.postgres(), sink, SenderConfig.from_settings(settings))
     health.checks["sender"] = sender.check
+    health.checks["meters"] = sender.paused_meters.check
     worker = Worker(
         settings,
         group=GROUP,

@@ -13,7 +13,7 @@ BAD_IN_A_ROW_MAX = 10
 PAUSE_BASE_SECONDS = 1.0
 PAUSE_CAP_SECONDS = 60.0
 
-_GOOD = frozenset({Meaning.DELIVERED, Meaning.ALREADY_DELIVERED, Meaning.REFUSED})
+_GOOD = frozenset({Meaning.DELIVERED, Meaning.ALREADY_DELIVERED, Meaning.REFUSED, Meaning.METER_AWAY})
 
 
 class Brake:

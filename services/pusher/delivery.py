@@ -27,6 +27,7 @@ from typing import Any
 
 import psycopg
 
+from services.pusher.giving_back import GiveBack, Returned
 from services.pusher.intents import (
     TRANSITIONS,
     Action,
@@ -44,18 +45,9 @@ from services.pusher.intents import (
     judge,
     next_action,
 )
-from services.pusher.journal import (
-    INSERT_INTENTS,
-    INTENT_COLUMNS,
-    INTENT_FIELDS,
-    OUTBOX_INSERT,
-    PRODUCER,
-    GiveBack,
-    Returned,
-    failure_event,
-    intent_values,
-    outbox_values,
-)
+from services.pusher.journal import INSERT_INTENTS, INTENT_COLUMNS, INTENT_FIELDS, intent_values
+from services.pusher.ops import OUTBOX_INSERT, failure_event, meter_event, outbox_values
+from services.pusher.pausing import NOT_PAUSED, PAUSE, pause_values
 from services.wire.errors import require
 from services.wire.records import OutboxRow
 
@@ -76,13 +68,13 @@ _SESSION_OPTIONS = (
     "-c lock_timeout=5s -c statement_timeout=60s -c idle_in_transaction_session_timeout=30s -c TimeZone=UTC"
 )
 
-#: Nothing new of a customer, meter and hour leaves while something of it is in doubt.
-_NOT_BLOCKED = """
-    (m.state <> 'pending' OR NOT EXISTS (
+#: Nothing new of a customer, meter and hour leaves while something of it is in doubt, or the meter is paused.
+_NOT_BLOCKED = f"""
+    (m.state <> 'pending' OR ({NOT_PAUSED} AND NOT EXISTS (
         SELECT FROM meter_events doubted
         WHERE doubted.stripe_customer = m.stripe_customer AND doubted.event_name = m.event_name
-            AND doubted.hour_start = m.hour_start AND doubted.state = 'in_doubt'))
-    """
+            AND doubted.hour_start = m.hour_start AND doubted.state = 'in_doubt')))
+    """  # noqa: S608  constants only
 _URGENCY = "coalesce(m.push_before, m.period_end), m.hour_start, m.created_at"
 
 #: Keys whose first intent is due: many that only have others due would keep the rest out of the window.
@@ -117,7 +109,7 @@ _HEADS = f"""
         ) head
         WHERE head.next_attempt_at <= %(now)s
     )
-    SELECT {INTENT_COLUMNS}, m.state, m.attempts, m.first_sent_at, m.error_code
+    SELECT {INTENT_COLUMNS}, m.state, m.attempts, m.first_sent_at, m.error_code, m.refusals
     FROM meter_events m JOIN heads USING (identifier)
     WHERE m.state IN ('pending', 'in_flight', 'in_doubt') AND m.next_attempt_at <= %(now)s
     ORDER BY m.identifier FOR UPDATE OF m SKIP LOCKED
@@ -135,13 +127,13 @@ _SETTLE = """
     SET state = a.state, first_sent_at = a.first_sent_at, next_attempt_at = a.next_attempt_at,
         settled_at = CASE WHEN a.state IN ('reported', 'failed', 'cancelled') THEN %s::timestamptz END,
         error_code = a.error_code, http_status = a.http_status,
-        request_id = coalesce(a.request_id, m.request_id)
+        request_id = coalesce(a.request_id, m.request_id), refusals = m.refusals + a.refused
     FROM unnest(
         %s::text[], %s::int[], %s::text[], %s::text[], %s::timestamptz[], %s::timestamptz[],
-        %s::text[], %s::int[], %s::text[]
+        %s::text[], %s::int[], %s::text[], %s::int[]
     ) AS a (
         identifier, attempts, from_state, state, first_sent_at, next_attempt_at,
-        error_code, http_status, request_id
+        error_code, http_status, request_id, refused
     )
     WHERE m.identifier = a.identifier AND m.attempts = a.attempts AND m.state = a.from_state
     RETURNING m.identifier, m.state, m.item_id, m.hour_start, m.period_start, m.amount, m.formula
@@ -188,7 +180,8 @@ _CANCEL = """
 _COUNTS = """
     SELECT state, count(*), min(created_at) FROM meter_events
     WHERE state IN ('pending', 'in_flight', 'in_doubt') GROUP BY state
-    UNION ALL SELECT 'failed', count(*), NULL FROM meter_events WHERE state = 'failed'
+    UNION ALL
+    SELECT 'failed', count(*), NULL FROM meter_events WHERE state = 'failed' AND released_at IS NULL
     """
 
 
@@ -290,7 +283,7 @@ async def claim(
 
 
 def _claim_of(row: tuple[Any, ...], now: datetime, policy: Policy) -> Claim:
-    *fields, state, attempts, doubted_since, error_code = row
+    *fields, state, attempts, doubted_since, error_code, refusals = row
     item_id, formula = INTENT_FIELDS.index("item_id"), INTENT_FIELDS.index("formula")
     fields[item_id], fields[formula] = fields[item_id].hex, Formula(fields[formula])
     intent = Intent(*fields)
@@ -303,7 +296,7 @@ def _claim_of(row: tuple[Any, ...], now: datetime, policy: Policy) -> Claim:
         now=now,
         policy=policy,
     )
-    return Claim(intent, action, attempts + 1, doubted_since, error_code, now)
+    return Claim(intent, action, attempts + 1, doubted_since, error_code, now, refusals)
 
 
 def _expired(claim: Claim, policy: Policy) -> Settlement:
@@ -355,6 +348,7 @@ async def _write(session: AsyncConnection, settlements: Sequence[Settlement], no
             [s.answer.code for s in ordered],
             [s.answer.http_status for s in ordered],
             [s.answer.request_id for s in ordered],
+            [int(s.state is State.PENDING and s.answer.meaning is Meaning.METER_AWAY) for s in ordered],
         ),
     )
     settled = [
@@ -367,9 +361,23 @@ async def _write(session: AsyncConnection, settlements: Sequence[Settlement], no
     await _free_buckets(session, [place for _, _, place in settled])
     by_identifier = {s.claim.intent.identifier: s for s in ordered}
     failed = [by_identifier[identifier] for identifier, state, _ in settled if state == State.FAILED]
-    return await _write_outbox(
-        session, [_failure(s.claim.intent, s.answer.code or "refused", now) for s in failed]
-    )
+    events = [_failure(s.claim.intent, s.answer.code or "refused", now) for s in failed]
+    away = {
+        s.claim.intent.event_name: s.answer.code or "no_meter"
+        for s in ordered
+        if s.answer.meaning is Meaning.METER_AWAY
+    }
+    return await _write_outbox(session, events + await _pause(session, away, now))
+
+
+async def _pause(session: AsyncConnection, reasons: dict[str, str], now: datetime) -> list[OutboxRow]:
+    if not reasons:
+        return []
+    cursor = await session.execute(PAUSE, pause_values(reasons, source=SOURCE, now=now))
+    return [
+        meter_event("meter_paused", event_name, reason, source=SOURCE, now=now)
+        for event_name, reason in await cursor.fetchall()
+    ]
 
 
 async def _give_back(session: AsyncConnection, amounts: Sequence[Returned]) -> None:
@@ -403,7 +411,7 @@ def _failure(intent: Intent, code: str, now: datetime) -> OutboxRow:
 
 async def _write_outbox(session: AsyncConnection, rows: Sequence[OutboxRow]) -> int:
     if rows:
-        await session.execute(OUTBOX_INSERT, outbox_values(rows, PRODUCER))
+        await session.execute(OUTBOX_INSERT, outbox_values(rows))
     return len(rows)
 
 

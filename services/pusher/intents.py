@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Context, Decimal, Inexact
 from enum import StrEnum
 from hashlib import blake2b
@@ -18,15 +18,19 @@ from types import MappingProxyType
 
 from services.wire.codec import Record
 from services.wire.errors import require
+from services.wire.times import instant
 
 AMOUNT_SCALE = 9
 _EXACT = Context(prec=60, traps=[Inexact])
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 
 #: Why an intent that was never sent is given back to the counters.
 TOO_OLD = "too_old_for_stripe"
 PERIOD_CLOSED = "period_closed"
+
+
+#: Codes, of answers and of error reports, that say that the sink's meter does not exist or is archived.
+METER_AWAY_CODES = frozenset({"no_meter", "archived_meter"})
 
 
 class Formula(StrEnum):
@@ -49,9 +53,8 @@ class State(StrEnum):
 
 OPEN = frozenset({State.PENDING, State.IN_FLIGHT, State.IN_DOUBT})
 
-#: Every step the sender may take; from pending to cancelled goes what was never sent and comes too late. Two
-#: more belong to others: a late error report turns reported into failed, and an operator's release turns
-#: failed into cancelled.
+#: Every step the sender may take; from pending to cancelled goes what was never sent and comes too late. One
+#: more belongs to others: a late error report turns reported into failed. The database allows no other step.
 TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
         State.PENDING: frozenset({State.IN_FLIGHT, State.CANCELLED}),
@@ -72,6 +75,7 @@ class Meaning(StrEnum):
     DELIVERED = "delivered"
     ALREADY_DELIVERED = "already_delivered"  # the identifier is known there: an earlier call had its effect
     REFUSED = "refused"  # this call had no effect, and repeating it will not help
+    METER_AWAY = "meter_away"  # no effect; nothing of this event name is taken until the sink's meter is back
     THROTTLED = "throttled"  # this call had no effect; later it may
     UNAUTHORISED = "unauthorised"  # no effect; nothing can be sent until an operator acts
     NOT_SENT = "not_sent"  # no byte of it left
@@ -95,6 +99,7 @@ AFTER: Mapping[Meaning, tuple[State, State]] = MappingProxyType(
         Meaning.DELIVERED: (State.REPORTED, State.REPORTED),
         Meaning.ALREADY_DELIVERED: (State.REPORTED, State.REPORTED),
         Meaning.REFUSED: (State.FAILED, State.IN_DOUBT),
+        Meaning.METER_AWAY: (State.PENDING, State.IN_DOUBT),
         Meaning.THROTTLED: (State.PENDING, State.IN_DOUBT),
         Meaning.UNAUTHORISED: (State.PENDING, State.IN_DOUBT),
         Meaning.NOT_SENT: (State.PENDING, State.IN_DOUBT),
@@ -297,11 +302,6 @@ class Intent:
         return replace(self, identifier=identifier, replaces=self.identifier)
 
 
-def instant(micros: int) -> datetime:
-    """Microseconds since 1970 as an aware time, exactly."""
-    return _EPOCH + timedelta(microseconds=micros)
-
-
 def intent_of(delta: Record) -> Intent:
     """The intent of one decoded ``usage_delta`` of the current version.
 
@@ -351,6 +351,17 @@ class Claim:
     doubted_since: datetime | None  # before this claim
     error_code: str | None
     claimed_at: datetime
+    refusals: int = 0
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every call that an earlier one may have had its effect under.
+
+        Stripe repeats a stored answer for a day (docs.stripe.com/api/idempotent_requests), a refusal too. So
+        once a refusal proved that there was no effect, the next call has a new key; the identifier stays.
+        """
+        identifier = self.intent.identifier
+        return identifier if not self.refusals else f"{identifier}-{self.refusals}"
 
     @property
     def from_state(self) -> State:

@@ -41,7 +41,9 @@ from services.pusher.intents import (
     given_back,
     settlement_of,
 )
+from services.pusher.pausing import PausedMeters
 from services.pusher.sinks import Sink
+from services.pusher.sinks.stripe_stream import EVENTS_MAX
 from services.streaming.faults import fault_point
 from services.streaming.observe import Status
 from services.wire import metrics
@@ -61,6 +63,7 @@ GRACE_SECONDS = 0.5
 #: Share of one second's calls that may leave at once. The rest of the second is spread evenly.
 BURST_SHARE = 0.05
 SETTLE_RETRY_CAP_SECONDS = 5.0
+CLAIMS_MAX = 200
 COUNTS_EVERY_SECONDS = 5.0
 
 
@@ -71,7 +74,7 @@ class SenderConfig:
     rate_per_second: float = 200.0
     concurrency: int = 16
     call_timeout_seconds: float = 20.0
-    claims_max: int = 200
+    claims_max: int = CLAIMS_MAX
     gather_seconds: float = 0.01
     poll_seconds: float = 0.25
     policy: Policy = field(default_factory=Policy)
@@ -79,10 +82,12 @@ class SenderConfig:
     @classmethod
     def from_settings(cls, settings: Settings) -> SenderConfig:
         """The operator's limits, and defaults for the rest."""
+        at_once = settings.stripe_concurrency * (EVENTS_MAX if settings.streams else 1)
         return cls(
             rate_per_second=settings.stripe_rate_per_second,
-            concurrency=settings.stripe_concurrency,
+            concurrency=at_once,
             call_timeout_seconds=settings.stripe_timeout_seconds,
+            claims_max=max(CLAIMS_MAX, 2 * at_once),
         )
 
     @property
@@ -174,6 +179,13 @@ class Sender:
         self._counts: dict[str, int] = {}
         self._oldest: datetime | None = None
         self._counted_at = -math.inf
+        self.paused_meters = PausedMeters(
+            lambda: delivery.connect(dsn, "paused"),
+            sink.takes,
+            clock=clock,
+            on_change=self._meters_are_back,
+            transient=TRANSIENT_ERRORS,
+        )
 
     # -- Life ----------------------------------------------------------------------------------------
 
@@ -196,6 +208,10 @@ class Sender:
         """There may be something to send."""
         self._wake.set()
 
+    def _meters_are_back(self) -> None:
+        self._wake.set()
+        self._on_outbox()
+
     async def run(self) -> None:
         """Send until :meth:`stop`, or until cancelled; both finish the calls under way.
 
@@ -205,7 +221,8 @@ class Sender:
         callers = [asyncio.create_task(self._call_loop()) for _ in range(self.config.concurrency)]
         claimer = asyncio.create_task(self._claim_loop())
         settler = asyncio.create_task(self._settle_loop())
-        everything = [claimer, settler, *callers]
+        asker = asyncio.create_task(self.paused_meters.run())
+        everything = [claimer, settler, asker, *callers]
         try:
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -346,7 +363,7 @@ class Sender:
         started = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.call_timeout_seconds + GRACE_SECONDS):
-                answer = await self._sink.send(claim.intent)
+                answer = await self._sink.send(claim.intent, claim.idempotency_key)
         except Exception as error:
             log.warning("sink raised", error=error)
             answer = Answer(Meaning.UNKNOWN, type(error).__name__)
@@ -354,7 +371,7 @@ class Sender:
         metrics.STRIPE_SECONDS.observe(time.perf_counter() - started)
         metrics.STRIPE_CALLS.labels(answer.meaning).inc()
         self._brake.note(answer.meaning, now=time.monotonic(), chance=self._chance())
-        if answer.meaning is not Meaning.REFUSED:
+        if answer.meaning not in (Meaning.REFUSED, Meaning.METER_AWAY):
             self._sink_reachable = answer.http_status is not None
         return answer
 

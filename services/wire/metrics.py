@@ -36,8 +36,10 @@ RETRIES = Counter("tidemeter_retries", "Retries after a transient failure.", ["s
 
 #: Deltas closed by the timer.
 DELTAS_CLOSED = Counter("tidemeter_deltas_closed", "Deltas closed.")
-#: Intents by state. Worry when in_doubt or failed is above 0.
+#: Intents by state; failed ones until they are retried. Worry when in_doubt or failed is above 0.
 INTENTS = Gauge("tidemeter_intents", "Intents in the journal.", ["state"])
+#: Meters whose usage Stripe does not take: missing or archived. Page someone when above 0.
+METERS_PAUSED = Gauge("tidemeter_meters_paused", "Meters that wait until Stripe has them again.")
 #: Calls to Stripe by what the answer means.
 STRIPE_CALLS = Counter("tidemeter_stripe_calls", "Calls to Stripe.", ["result"])
 #: Time of one call to Stripe, seconds.

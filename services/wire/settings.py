@@ -120,6 +120,22 @@ class Settings(BaseSettings):
     stripe_api_base: str | None = Field(
         None, description="Base address of the Stripe API; unset for Stripe's own."
     )
+    stripe_stream_base: str | None = Field(
+        None, description="Base address of Stripe's event stream; unset for that of the API, or Stripe's own."
+    )
+    sink: Literal["stripe", "webhook"] = Field("stripe", description="Where deltas go.")
+    sink_webhook_url: str | None = Field(
+        None, description="Endpoint that takes deltas, if the sink is a webhook."
+    )
+    sink_webhook_secret: SecretStr | None = Field(
+        None,
+        description="Secret that deltas to a webhook are signed with: `whsec_` and base64 of 24 to 64 bytes.",
+    )
+
+    stripe_mode: Literal["meter_events", "stream"] = Field(
+        "meter_events",
+        description="One call to Stripe for each meter event (v1), or one for up to 100 (v2 stream).",
+    )
     stripe_rate_per_second: float = Field(
         200.0, gt=0, le=10_000, description="Meter events per second, at most."
     )
@@ -165,6 +181,24 @@ class Settings(BaseSettings):
                 "no PostgreSQL address: set TIDEMETER_POSTGRES_DSN, or run `tidemeter up` first"
             )
         return self.postgres_dsn.get_secret_value()
+
+    @property
+    def streams(self) -> bool:
+        """Whether usage goes to Stripe's event stream."""
+        return self.sink == "stripe" and self.stripe_mode == "stream"
+
+    def webhook_sink(self) -> tuple[str, str]:
+        """Address and secret of the webhook that takes deltas; the second is a secret.
+
+        Raises:
+            Misconfigured: one of them is not set.
+        """
+        if self.sink_webhook_url is None or self.sink_webhook_secret is None:
+            raise Misconfigured(
+                "the sink is a webhook: set TIDEMETER_SINK_WEBHOOK_URL, and TIDEMETER_SINK_WEBHOOK_SECRET "
+                "or TIDEMETER_SINK_WEBHOOK_SECRET_FILE"
+            )
+        return self.sink_webhook_url, self.sink_webhook_secret.get_secret_value()
 
     def stripe_key(self) -> str:
         """Stripe API key; a secret.

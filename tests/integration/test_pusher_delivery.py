@@ -6,19 +6,16 @@ The oracle is the simulator's ledger of applied events, never what the journal o
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hmac
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +32,6 @@ from services.pusher.intents import (
     Formula,
     Intent,
     Meaning,
-    Policy,
     Shown,
     intent_of,
     settlement_of,
@@ -45,269 +41,34 @@ from services.pusher.sinks import Sink
 from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.webhook import WebhookSink
 from services.streaming.chunks import Chunk, Partition
-from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
 from services.wire.codec import Decoder, Encoder, Record
-from services.wire.errors import Broken
+from services.wire.errors import Broken, Misconfigured
 from services.wire.records import ops_event
+from tests.integration.pushing import (
+    EVENT,
+    GAUGE,
+    HOUR,
+    KEY,
+    World,
+    amount_of,
+    delta,
+    gauge,
+    killed_at_the_end,
+    micros,
+    no_call_left,
+    open_world,
+    send_again,
+    settled,
+    this_hour,
+    until,
+)
 from upcasters.chain import upcasters
-
-ROOT = Path(__file__).parents[2]
-KEY = "sk_test_pusher"
-HOUR = timedelta(hours=1)
-EVENT = "api_calls"
-GAUGE = "seats"
-
-SENDER_PROGRAM = """
-import asyncio, os, sys
-from services.pusher.sender import Sender, SenderConfig
-from services.pusher.sinks.stripe import StripeSink
-from services.wire.log import configure_logging
-
-async def main():
-    configure_logging("debug", "json")
-    timeout = float(os.environ["CALL_TIMEOUT"])
-    sink = StripeSink(os.environ["STRIPE_KEY"], api_base=os.environ["STRIPE_BASE"], timeout_seconds=timeout,
-                      connections_max=16)
-    config = SenderConfig(rate_per_second=2000, concurrency=16, call_timeout_seconds=timeout)
-    sender = Sender(os.environ["DSN"], sink, config)
-    print("running", flush=True)
-    await sender.run()
-
-asyncio.run(main())
-"""
-
-
-def identifier_of(*parts: object) -> str:
-    return "d" + blake2b(repr(parts).encode(), digest_size=20).hexdigest()
-
-
-def micros(moment: datetime) -> int:
-    return int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
-
-
-def this_hour() -> datetime:
-    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-
-
-def delta(
-    customer: str = "cus_1",
-    amount: str = "1",
-    *,
-    hours_ago: int = 0,
-    sequence: int = 1,
-    event_name: str = EVENT,
-    tenant: str = "acme",
-    dimensions: dict[str, str] | None = None,
-    formula: str = "sum",
-    push_before: datetime | None = None,
-) -> Record:
-    """A decoded ``usage_delta``, as the agent hands it over."""
-    hour = this_hour() - hours_ago * HOUR
-    month = hour.replace(day=1, hour=0)
-    item = uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {customer} {event_name} {dimensions or ''}")
-    return {
-        "identifier": identifier_of(item, hour, sequence),
-        "item_id": item.bytes,
-        "tenant_id": tenant,
-        "customer_ref": f"ref-{customer}",
-        "meter": event_name,
-        "stripe_customer": customer,
-        "event_name": event_name,
-        "customer_payload_key": "stripe_customer_id",
-        "value_payload_key": "value",
-        "period_start": micros(month),
-        "period_end": micros((month + timedelta(days=32)).replace(day=1)),
-        "hour_start": micros(hour),
-        "event_at": micros(hour),
-        "sequence": sequence,
-        "amount": int(Decimal(amount).scaleb(9)).to_bytes(16, "big", signed=True),
-        "closed_at": micros(datetime.now(UTC)),
-        "dimensions": dimensions or {},
-        "formula": formula,
-        "push_before": None if push_before is None else micros(push_before),
-    }
-
-
-def gauge(amount: str, *, sequence: int = 1, customer: str = "cus_1", hours_ago: int = 0) -> Record:
-    """A value for the meter whose formula is ``last``."""
-    return delta(customer, amount, sequence=sequence, event_name=GAUGE, formula="last", hours_ago=hours_ago)
-
-
-def amount_of(record: Record) -> Decimal:
-    return Decimal(int.from_bytes(record["amount"], "big", signed=True)).scaleb(-9)
-
-
-class World:
-    """One journal, one simulator, and a clock for the sender that moves with the simulator's."""
-
-    def __init__(self, dsn: str, stripe: SimulatorControl) -> None:
-        self.dsn = dsn
-        self.stripe = stripe
-        self.offset = timedelta()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC) + self.offset
-
-    def advance(self, by: timedelta) -> None:
-        self.offset += by
-        self.stripe.advance(by.total_seconds())
-
-    def sql(self, query: Any, values: Any = None) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self.dsn, autocommit=True) as db:
-            cursor = db.execute(query, values)
-            return cursor.fetchall() if cursor.description else []
-
-    def close(self, *deltas: Record) -> None:
-        """What the counters do when they close deltas, and the agent when it receives them.
-
-        A `last` bucket's total is its value; any other's grows by the delta.
-        """
-        with psycopg.connect(self.dsn) as db:
-            for one in deltas:
-                item, hour, month, end = (
-                    uuid.UUID(bytes=one["item_id"]),
-                    *(
-                        datetime.fromtimestamp(one[f] / 1e6, UTC)
-                        for f in ("hour_start", "period_start", "period_end")
-                    ),
-                )
-                db.execute(
-                    "INSERT INTO items (item_id, tenant_id, customer_ref, meter, watermark, calendar) "
-                    "VALUES (%s, %s, %s, %s, %s, '1 month UTC') ON CONFLICT DO NOTHING",
-                    (item, one["tenant_id"], one["customer_ref"], one["meter"], hour),
-                )
-                db.execute(
-                    "INSERT INTO item_periods (item_id, period_start, period_end) "
-                    "VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
-                    (item, month, end),
-                )
-                last = one["formula"] == "last"
-                closed = db.execute(
-                    "INSERT INTO buckets AS b (item_id, hour_start, period_start, total, events, "
-                    "late_events, closed, pushed, sequence, open, first_arrival, last_arrival, "
-                    "first_event, last_event) "
-                    "VALUES (%(i)s, %(h)s, %(p)s, %(a)s, 1, 0, %(a)s, %(a)s, 1, true, now(), now(), "
-                    "%(h)s, %(h)s) "
-                    "ON CONFLICT (item_id, hour_start, period_start) DO UPDATE SET open = true, "
-                    "total = b.total * %(keep)s + excluded.total, "
-                    "closed = b.closed * %(keep)s + excluded.closed, "
-                    "pushed = b.pushed * %(keep)s + excluded.pushed WHERE NOT b.open",
-                    {"i": item, "h": hour, "p": month, "a": amount_of(one), "keep": 0 if last else 1},
-                )
-                assert closed.rowcount == 1, "the counters do not close a bucket that is open"
-            journal.record_intents(db, deltas)
-
-    def states(self) -> dict[str, int]:
-        return dict(self.sql("SELECT state, count(*) FROM meter_events GROUP BY state"))
-
-    def open_buckets(self) -> int:
-        return int(self.sql("SELECT count(*) FROM buckets WHERE open")[0][0])
-
-    def bucket(self, one: Record) -> tuple[Any, ...]:
-        """closed, pushed, open, dirty_from of the delta's item."""
-        (row,) = self.sql(
-            "SELECT closed, pushed, open, dirty_from FROM buckets JOIN items USING (item_id) "
-            "WHERE item_id = %s AND hour_start = %s",
-            (uuid.UUID(bytes=one["item_id"]), datetime.fromtimestamp(one["hour_start"] / 1e6, UTC)),
-        )
-        return row
-
-    def reported(self) -> Decimal:
-        return Decimal(
-            self.sql("SELECT coalesce(sum(amount), 0) FROM meter_events WHERE state = 'reported'")[0][0]
-        )
-
-    def ops_events(self) -> list[Record]:
-        rows = self.sql("SELECT value FROM outbox WHERE producer = 'tidemeter-pusher' ORDER BY outbox_id")
-        return [Decoder().decode(bytes(value))[1] for (value,) in rows]
-
-    def billed(self) -> Decimal:
-        return Decimal(self.stripe.total())
-
-    def sink(self, key: str = KEY, timeout: float = 2.0) -> StripeSink:
-        return StripeSink(key, api_base=self.stripe.url, timeout_seconds=timeout, connections_max=16)
-
-    @contextlib.asynccontextmanager
-    async def sending(
-        self,
-        sink: Sink | None = None,
-        *,
-        policy: Policy | None = None,
-        rate: float = 5000,
-        timeout: float = 2.0,
-    ) -> AsyncIterator[Sender]:
-        wanted = sink or self.sink(timeout=timeout)
-        config = SenderConfig(
-            rate_per_second=rate,
-            call_timeout_seconds=timeout,
-            policy=policy or Policy(backoff_base_seconds=0.05, backoff_cap_seconds=0.2),
-        )
-        dice = random.Random(7)  # noqa: S311  repeatable, not secret
-        sender = Sender(self.dsn, wanted, config, clock=self.now, chance=dice.random)
-        await sender.start()
-        try:
-            yield sender
-        finally:
-            await sender.stop()
-            await wanted.close()
-
-    def spawn(
-        self, *, fault: str | None = None, log: Path | None = None, timeout: float = 2.0
-    ) -> subprocess.Popen[str]:
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "DSN": self.dsn,
-            "STRIPE_BASE": self.stripe.url,
-            "STRIPE_KEY": KEY,
-            "CALL_TIMEOUT": str(timeout),
-        }
-        if fault is not None:
-            env |= {"TIDEMETER_FAULT_POINT": fault, "TIDEMETER_FAULT_LOG": str(log)}
-        return subprocess.Popen(
-            [sys.executable, "-c", SENDER_PROGRAM],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
 
 @pytest.fixture
 def world(postgres_dsn: str) -> Iterator[World]:
-    with psycopg.connect(postgres_dsn, autocommit=True) as db:
-        db.execute("TRUNCATE meter_events, item_periods, buckets, items, outbox")
-    with running_simulator(SimulatorConfig(port=0, rate_per_second=100_000)) as stripe:
-        last = {"id": "mtr_seats", "event_name": GAUGE, "default_aggregation": {"formula": "last"}}
-        stripe.seed(customers=[f"cus_{n}" for n in range(300)], meters=[EVENT, "storage", last])
-        yield World(postgres_dsn, stripe)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.05)
-
-
-def settled(world: World) -> bool:
-    return not set(world.states()) & {"pending", "in_flight", "in_doubt"}
-
-
-def no_call_left(world: World) -> bool:
-    return not set(world.states()) & {"pending", "in_flight"}
-
-
-@contextlib.contextmanager
-def killed_at_the_end(*processes: subprocess.Popen[str]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            process.communicate()
+    with open_world(postgres_dsn) as opened:
+        yield opened
 
 
 # -- Delivery ----------------------------------------------------------------------------------------
@@ -418,7 +179,7 @@ def test_a_refused_intent_fails_once_with_one_ops_event_and_frees_its_bucket(wor
         "sync",
         delta("cus_nobody")["identifier"],
     )
-    assert event["attributes"]["reason"] == "resource_missing"
+    assert event["attributes"]["reason"] == "meter_event_customer_not_found"
     assert "cus_nobody" not in json.dumps(event)
 
 
@@ -468,11 +229,12 @@ def test_keys_whose_first_intent_must_wait_do_not_keep_others_from_their_turn(
         "UPDATE meter_events SET next_attempt_at = now() + interval '5 minutes' WHERE identifier = ANY(%s)",
         ([one["identifier"] for one in backing_off[1::2]],),
     )
-    world.sql(
-        "UPDATE meter_events SET state = 'in_doubt', first_sent_at = now(), "
-        "next_attempt_at = now() + interval '5 minutes' WHERE identifier = ANY(%s)",
-        ([one["identifier"] for one in doubted],),
-    )
+    for state in ("in_flight", "in_doubt"):
+        world.sql(
+            "UPDATE meter_events SET state = %s, first_sent_at = coalesce(first_sent_at, now()), "
+            "next_attempt_at = now() + interval '5 minutes' WHERE identifier = ANY(%s)",
+            (state, [one["identifier"] for one in doubted]),
+        )
     world.sql(
         "UPDATE meter_events SET period_end = period_end + interval '1 day' WHERE stripe_customer = 'cus_99'"
     )
@@ -630,8 +392,10 @@ def test_a_key_that_is_not_accepted_pauses_everything_and_fails_nothing(world: W
         good: Sink = world.sink()
         repaired = False
 
-        async def send(self, intent: Intent) -> Answer:
-            return await (self.good.send(intent) if self.repaired else super().send(intent))
+        async def send(self, intent: Intent, idempotency_key: str) -> Answer:
+            if self.repaired:
+                return await self.good.send(intent, idempotency_key)
+            return await super().send(intent, idempotency_key)
 
     async def scenario() -> None:
         sink = Rotating("not-a-key", api_base=world.stripe.url, timeout_seconds=2, connections_max=4)
@@ -865,7 +629,7 @@ def test_a_total_that_fits_neither_case_stays_in_doubt_with_one_ops_event(world:
             {**one, "identifier": "foreign", "amount": (2 * 10**9).to_bytes(16, "big")}
         )
         sink = world.sink()
-        await sink.send(foreign)
+        await sink.send(foreign, foreign.identifier)
         await sink.close()
 
     async def scenario() -> None:
@@ -1091,7 +855,7 @@ def test_a_young_doubt_about_a_value_the_hour_had_before_waits_for_the_day(world
     class Lagging(StripeSink):
         """Shows the first value for ever, and cannot send."""
 
-        async def send(self, intent: Intent) -> Answer:
+        async def send(self, intent: Intent, idempotency_key: str) -> Answer:
             return Answer(Meaning.UNKNOWN, "silence")
 
         async def shown(self, intent: Intent) -> Shown | None:
@@ -1263,8 +1027,8 @@ def test_the_rise_of_a_max_meter_goes_back_to_its_period(world: World) -> None:
 
     asyncio.run(scenario())
     with psycopg.connect(world.dsn) as db:
-        assert journal.release_failed(db, "acme") == 1
-    assert world.states() == {"cancelled": 4}
+        assert send_again(db) == 1
+    assert world.states() == {"cancelled": 3, "failed": 1}
     assert world.bucket(rises[0]) == (None, 0, False, this_hour() - HOUR)
     assert world.bucket(rises[1]) == (None, 0, False, this_hour() - HOUR)
     assert world.bucket(refused) == (None, 0, False, this_hour())
@@ -1338,85 +1102,27 @@ def test_a_bucket_that_moves_during_a_call_is_settled_where_it_is_then(world: Wo
     assert world.open_buckets() == 0
 
 
-# -- Operators and late reports ----------------------------------------------------------------------
-
-
-def test_released_failures_go_back_to_their_buckets_once(world: World) -> None:
-    async def scenario() -> None:
-        async with world.sending():
-            await until(lambda: settled(world))
-
-    old = delta("cus_nobody", "6", hours_ago=33 * 24)
-    world.close(delta("cus_nobody", "3"), delta("cus_1", "5"), old)
-    asyncio.run(scenario())
-    world.close(delta("cus_nobody", "4", sequence=2))
-    asyncio.run(scenario())
-    world.sql(
-        "UPDATE meter_events SET error_code = 'too_old_for_stripe' WHERE identifier = %s",
-        (old["identifier"],),
-    )
-    # A bucket that was closed again meanwhile stays open.
-    world.close(delta("cus_nobody", "2", sequence=3))
-    with psycopg.connect(world.dsn) as db:
-        assert journal.release_failed(db, "other-tenant") == 0
-        assert journal.release_failed(db, "acme", "storage") == 0
-        assert journal.release_failed(db, "acme", EVENT) == 3
-        db.commit()
-        assert journal.release_failed(db, "acme") == 0
-    assert world.states() == {"cancelled": 3, "pending": 1, "reported": 1}
-    old_hour = this_hour() - 33 * 24 * HOUR
-    assert world.bucket(delta("cus_nobody")) == (2, 2, True, old_hour)
-    assert world.bucket(old) == (0, 0, False, old_hour)
-    assert world.bucket(delta("cus_1")) == (5, 5, False, None)
-
-
-def test_a_failed_value_is_released_to_be_closed_anew(world: World) -> None:
-    one = gauge("3", customer="cus_nobody")
-    world.close(one)
-
-    async def scenario() -> None:
-        async with world.sending():
-            await until(lambda: settled(world))
-
-    asyncio.run(scenario())
-    with psycopg.connect(world.dsn) as db:
-        assert journal.release_failed(db, "acme") == 1
-    assert world.bucket(one) == (None, 3, False, this_hour())
-
-
-def test_nothing_is_released_that_has_no_place_to_go_back_to(world: World) -> None:
-    world.close(delta("cus_nobody"))
-
-    async def scenario() -> None:
-        async with world.sending():
-            await until(lambda: settled(world))
-
-    asyncio.run(scenario())
-    world.sql("DELETE FROM buckets")
-    with pytest.raises(Broken, match="bucket"), psycopg.connect(world.dsn) as db:
-        journal.release_failed(db, "acme")
-    assert world.states() == {"failed": 1}
-
-
-def test_an_error_report_fails_a_reported_intent_once(world: World) -> None:
-    world.close(delta("cus_1"), delta("cus_2"))
-
-    async def scenario() -> None:
-        async with world.sending():
-            await until(lambda: settled(world))
-
-    asyncio.run(scenario())
-    named = [delta("cus_1")["identifier"], "someone-elses"]
-    for expected in ([named[0]], []):
-        with psycopg.connect(world.dsn) as db:
-            failed = journal.fail_reported(db, named, code="no_meter", source="webhook", now=world.now())
-            assert failed == expected
-    assert world.states() == {"failed": 1, "reported": 1}
-    assert [(e["source"], e["subject_id"]) for e in world.ops_events()] == [("webhook", named[0])]
-    assert world.open_buckets() == 0
-
-
 # -- Another sink, and logs --------------------------------------------------------------------------
+
+
+#: The example of the Standard Webhooks specification.
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105
+
+
+def test_a_webhook_is_signed_as_the_specification_says() -> None:
+    sink = WebhookSink("http://127.0.0.1:1", secret=SECRET, timeout_seconds=1, clock=lambda: 1614265330.9)
+    headers = sink._signature("msg_p5jXN8AQM9LWM0D4loKWxJek", b'{"test": 2432232314}')
+    assert headers == {
+        "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        "webhook-timestamp": "1614265330",
+        "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+    }
+
+
+@pytest.mark.parametrize("secret", ["", "whsec_", "whsec_!!!!", "whsec_c2hvcnQ="])
+def test_a_webhook_without_a_good_secret_is_misconfigured(secret: str) -> None:
+    with pytest.raises(Misconfigured, match="TIDEMETER_SINK_WEBHOOK_SECRET"):
+        WebhookSink("http://127.0.0.1:1", secret=secret, timeout_seconds=1)
 
 
 def test_a_webhook_is_a_sink_too(world: World) -> None:
@@ -1424,6 +1130,10 @@ def test_a_webhook_is_a_sink_too(world: World) -> None:
     answers = iter([503, 429, 200, 200])
 
     async def receive(request: web.Request) -> web.Response:
+        signed = f"{request.headers['webhook-id']}.{request.headers['webhook-timestamp']}.".encode()
+        secret = base64.b64decode(SECRET.removeprefix("whsec_"))
+        digest = hmac.digest(secret, signed + await request.read(), "sha256")
+        assert request.headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"
         received.append((request.headers.get("Idempotency-Key"), await request.json()))
         return web.Response(status=next(answers))
 
@@ -1434,7 +1144,7 @@ def test_a_webhook_is_a_sink_too(world: World) -> None:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = "http://{}:{}/usage".format(*runner.addresses[0])
-        async with world.sending(WebhookSink(url, timeout_seconds=2)):
+        async with world.sending(WebhookSink(url, secret=SECRET, timeout_seconds=2)):
             await until(lambda: settled(world))
         await runner.cleanup()
 

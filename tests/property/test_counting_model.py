@@ -39,7 +39,9 @@ from services.counters.config import load_configuration
 from services.counters.conservation import conservation
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
-from services.pusher.journal import GiveBack, Returned, record_intents, release_failed
+from services.pusher.failures import Choice, release_failed
+from services.pusher.giving_back import GiveBack, Returned
+from services.pusher.journal import record_intents
 from services.streaming.chunks import Chunk, Partition
 from services.streaming.offsets import ensure_positions
 from services.wire.codec import Decoder
@@ -432,6 +434,12 @@ class World:
     def settle(self, identifiers: Sequence[str], state: str = "reported") -> None:
         """What the pusher does with an answer: ``reported``, or ``cancelled`` for what expired."""
         with self.db.transaction():
+            if state == "reported":
+                self.db.execute(
+                    "UPDATE meter_events SET state = 'in_flight', first_sent_at = now() "
+                    "WHERE identifier = ANY(%s)",
+                    (list(identifiers),),
+                )
             rows = self.db.execute(
                 "UPDATE meter_events SET state = %s WHERE identifier = ANY(%s) "
                 "RETURNING item_id, hour_start, period_start, amount, formula",
@@ -461,7 +469,8 @@ class World:
                 "RETURNING item_id, hour_start, period_start, amount",
                 (identifier,),
             ).fetchall()
-            assert release_failed(self.db, TENANT, identifiers=[identifier]) == 1
+            choice = Choice(TENANT, identifiers=[identifier])
+            assert release_failed(self.db, choice, now=datetime.now(UTC)) == [identifier]
             self._take_back(rows)
         self.reported.remove(identifier)
 

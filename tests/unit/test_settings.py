@@ -43,6 +43,9 @@ def test_everything_has_a_default_but_the_addresses_and_the_key() -> None:
         "postgres_dsn",
         "schema_registry_url",
         "stripe_api_key",
+        "stripe_stream_base",
+        "sink_webhook_url",
+        "sink_webhook_secret",
         "stripe_api_base",
         "worker_id",
     }

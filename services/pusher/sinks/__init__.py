@@ -10,7 +10,7 @@ from services.pusher.intents import Answer, Intent, Shown
 class Sink(Protocol):
     """A billing system that takes amounts under an identifier: signed changes, or values (``Formula``)."""
 
-    async def send(self, intent: Intent) -> Answer:
+    async def send(self, intent: Intent, idempotency_key: str) -> Answer:
         """Make one call, without retries of its own, and say what it meant.
 
         Never raises for anything the outside does: whatever is not proof is ``Meaning.UNKNOWN``.
@@ -21,6 +21,12 @@ class Sink(Protocol):
 
         Never raises for anything the outside does. No answer, half an answer, or a meter of another formula
         than the intent's is None.
+        """
+
+    async def takes(self, event_name: str) -> bool:
+        """Whether usage for this event name is taken; False when it is not, or cannot be known.
+
+        Asked about a paused meter, by reading. Never raises for anything the outside does.
         """
 
     async def close(self) -> None:

@@ -12,13 +12,22 @@ import asyncio
 import re
 import ssl
 from decimal import Decimal
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import stripe
 import structlog
 
-from services.pusher.intents import HOUR, Answer, Formula, Intent, Meaning, Shown, plain_decimal
+from services.pusher.intents import (
+    HOUR,
+    METER_AWAY_CODES,
+    Answer,
+    Formula,
+    Intent,
+    Meaning,
+    Shown,
+    plain_decimal,
+)
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -36,11 +45,21 @@ class StripeSink:
     """One Stripe account. Must be used from one event loop."""
 
     def __init__(
-        self, api_key: str, *, api_base: str | None, timeout_seconds: float, connections_max: int
+        self,
+        api_key: str,
+        *,
+        api_base: str | None,
+        stream_base: str | None = None,
+        timeout_seconds: float,
+        connections_max: int,
     ) -> None:
         stripe.enable_telemetry = False
         self._key = api_key
-        self._base = api_base
+        self._bases: dict[str, str] = {}
+        if api_base is not None:
+            self._bases["api"] = api_base.rstrip("/")
+        if (stream_base or api_base) is not None:
+            self._bases["meter_events"] = (stream_base or api_base or "").rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._connections_max = connections_max
         self._http: aiohttp.ClientSession | None = None
@@ -48,7 +67,7 @@ class StripeSink:
         self._meter_ids: dict[tuple[str, Formula], str] = {}
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> StripeSink:
+    def from_settings(cls, settings: Settings) -> Self:
         """The account and limits the operator configured.
 
         Raises:
@@ -57,31 +76,20 @@ class StripeSink:
         return cls(
             settings.stripe_key(),
             api_base=settings.stripe_api_base,
+            stream_base=settings.stripe_stream_base,
             timeout_seconds=settings.stripe_timeout_seconds,
             connections_max=settings.stripe_concurrency,
         )
 
-    async def send(self, intent: Intent) -> Answer:
+    async def send(self, intent: Intent, idempotency_key: str) -> Answer:
         """One POST /v1/billing/meter_events under the intent's identifier."""
-        value = plain_decimal(intent.amount)
-        if len(value.lstrip("-").replace(".", "").lstrip("0")) > DIGITS_MAX:
-            return Answer(Meaning.REFUSED, "meter_event_value_too_many_digits")
-        if intent.dimensions.keys() & {intent.customer_payload_key, intent.value_payload_key}:
-            return Answer(Meaning.REFUSED, "dimension_is_payload_key")
+        if (refused := refusal_before_call(intent)) is not None:
+            return refused
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 event = await self._connected().v1.billing.meter_events.create_async(
-                    {
-                        "event_name": intent.event_name,
-                        "identifier": intent.identifier,
-                        "timestamp": int(intent.event_at.timestamp()),
-                        "payload": {
-                            **intent.dimensions,
-                            intent.customer_payload_key: intent.stripe_customer,
-                            intent.value_payload_key: value,
-                        },
-                    },
-                    {"idempotency_key": intent.identifier, "max_network_retries": 0},
+                    event_fields(intent) | {"timestamp": int(intent.event_at.timestamp())},  # type: ignore[arg-type]
+                    {"idempotency_key": idempotency_key, "max_network_retries": 0},
                 )
             if event.identifier != intent.identifier:
                 return Answer(Meaning.UNKNOWN, "foreign_answer", 200)
@@ -118,6 +126,21 @@ class StripeSink:
             log.warning("summary not read", error=error)
             return None
 
+    async def takes(self, event_name: str) -> bool:
+        """Whether an active meter has this event name."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                page = await self._connected().v1.billing.meters.list_async(
+                    {"limit": 100, "status": "active"}
+                )
+                async for meter in page.auto_paging_iter():
+                    if meter.event_name == event_name:
+                        self._meter_ids.clear()  # it may be another meter than before
+                        return True
+        except Exception as error:
+            log.warning("meters not read", error=error)
+        return False
+
     async def close(self) -> None:
         """Close the connections; the next call opens new ones."""
         if self._http is not None:
@@ -134,7 +157,7 @@ class StripeSink:
             )
             self._client = stripe.StripeClient(
                 self._key,
-                base_addresses={"api": self._base.rstrip("/")} if self._base else None,
+                base_addresses=self._bases,  # type: ignore[arg-type]
                 max_network_retries=0,
                 http_client=stripe.AIOHTTPClient(timeout=limits, session=self._http),
             )
@@ -159,6 +182,29 @@ class StripeSink:
             ):
                 self._meter_ids[event_name, formula] = chosen.id
         return self._meter_ids.get((event_name, formula))
+
+
+def refusal_before_call(intent: Intent) -> Answer | None:
+    """What Stripe would refuse for good, or count wrongly."""
+    value = plain_decimal(intent.amount)
+    if len(value.lstrip("-").replace(".", "").lstrip("0")) > DIGITS_MAX:
+        return Answer(Meaning.REFUSED, "meter_event_value_too_many_digits")
+    if intent.dimensions.keys() & {intent.customer_payload_key, intent.value_payload_key}:
+        return Answer(Meaning.REFUSED, "dimension_is_payload_key")
+    return None
+
+
+def event_fields(intent: Intent) -> dict[str, Any]:
+    """The parameters of a meter event that v1 and v2 share: all but the timestamp."""
+    return {
+        "event_name": intent.event_name,
+        "identifier": intent.identifier,
+        "payload": {
+            **intent.dimensions,
+            intent.customer_payload_key: intent.stripe_customer,
+            intent.value_payload_key: plain_decimal(intent.amount),
+        },
+    }
 
 
 def answer_of(error: Exception, identifier: str) -> Answer:
@@ -200,25 +246,34 @@ def _refusal(
         return Meaning.UNKNOWN, "foreign_answer"
     if status == 404 and message.startswith("Unrecognized request URL"):
         return Meaning.UNAUTHORISED, "unrecognized_url"
-    return Meaning.REFUSED, code or _code_of(message)
+    if code is None or code == "resource_missing":
+        code = _code_of(message) or code or "refused"
+    return (Meaning.METER_AWAY if code in METER_AWAY_CODES else Meaning.REFUSED), code
 
 
-#: Refusals that carry no code, by what their message says. The message itself is never kept.
+#: Refusals without a telling code, by what their message says. The message itself is never kept. Stripe does
+#: not document these texts; the ones for meters are those that clients have seen. What is none of them fails
+#: one intent and pauses nothing.
 _MESSAGES = (
     ("timestamp", "more than 35 days", "timestamp_too_far_in_past"),
     ("timestamp", "future", "timestamp_in_future"),
     ("value", "digits", "meter_event_value_too_many_digits"),
     ("value", "", "meter_event_invalid_value"),
     ("No such customer", "", "meter_event_customer_not_found"),
-    ("meter", "", "no_meter"),
+    ("No active meter", "", "no_meter"),
+    ("No such meter", "", "no_meter"),
+    ("No such billing meter", "", "no_meter"),
+    ("meter", "not active", "archived_meter"),
+    ("meter", "archived", "archived_meter"),
+    ("meter", "deactivated", "archived_meter"),
 )
 
 
-def _code_of(message: str) -> str:
+def _code_of(message: str) -> str | None:
     for first, second, code in _MESSAGES:
         if first in message and second in message:
             return code
-    return "refused"
+    return None
 
 
 def _class_code(error: Exception) -> str:
