@@ -6,10 +6,16 @@ import asyncio
 import random
 from dataclasses import dataclass
 
+from services.stripe_simulator.background import Background
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.config import SimulatorConfig
+from services.stripe_simulator.deliveries import Deliveries
+from services.stripe_simulator.destinations import Destinations
+from services.stripe_simulator.event_log import EventLog
 from services.stripe_simulator.faults import FaultTape
+from services.stripe_simulator.freshness import Freshness
 from services.stripe_simulator.gateway import Endpoint, Gateway
+from services.stripe_simulator.invoices import Invoices
 from services.stripe_simulator.ledger import Ledger
 from services.stripe_simulator.meters import Registry
 from services.stripe_simulator.observations import Observations
@@ -26,6 +32,13 @@ class Simulator:
     observations: Observations
     faults: FaultTape
     dice: random.Random
+    freshness: Freshness
+    destinations: Destinations
+    deliveries: Deliveries
+    webhook_faults: FaultTape
+    event_log: EventLog
+    invoices: Invoices
+    background: Background
     gateway: Gateway
     endpoints: dict[tuple[str, str], Endpoint]
     closing: asyncio.Event
@@ -33,9 +46,11 @@ class Simulator:
     def reset(self) -> None:
         """Back to an empty account at real time, with the seed started over."""
         self.store.clear()
-        self.registry.load()
-        self.faults.clear()
-        self.faults.reseed(self.config.seed)
+        for kept in (self.registry, self.destinations, self.freshness):
+            kept.load()
+        for tape in (self.faults, self.webhook_faults):
+            tape.clear()
+            tape.reseed(self.config.seed)
         self.dice.seed(self.config.seed)
         self.clock.offset_seconds = 0.0
         self.observations.reset()
