@@ -16,7 +16,7 @@ from services.stripe_simulator.errors import ApiError, Json
 from services.stripe_simulator.faults import read_rule
 from services.stripe_simulator.ledger import ROWS_MAX
 from services.stripe_simulator.moments import rfc3339
-from services.stripe_simulator.seeding import keep_customers, keep_meters
+from services.stripe_simulator.seeding import customer_from, meter_from
 from services.stripe_simulator.simulator import Simulator
 
 log = structlog.get_logger()
@@ -52,11 +52,18 @@ def show_stats(simulator: Simulator, _: web.Request, __: Any) -> Json:
 
 
 def seed_customers(simulator: Simulator, _: web.Request, given: Any) -> Json:
-    return {"seeded": keep_customers(simulator, given["customers"])}
+    """Customers under ids of the test's choice; an id that exists is replaced."""
+    now = int(simulator.clock.now())
+    for one in given["customers"]:
+        simulator.registry.keep_customer(customer_from(one, now))
+    return {"seeded": len(given["customers"])}
 
 
 def seed_meters(simulator: Simulator, _: web.Request, given: Any) -> Json:
-    return {"seeded": keep_meters(simulator, given["meters"])}
+    now = int(simulator.clock.now())
+    for one in given["meters"]:
+        simulator.registry.keep_meter(meter_from(one, now))
+    return {"seeded": len(given["meters"])}
 
 
 def show_clock(simulator: Simulator, _: web.Request, __: Any) -> Json:

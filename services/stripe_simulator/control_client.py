@@ -38,8 +38,7 @@ class SimulatorControl:
 
     def seed(self, *, customers: Iterable[str | Json] = (), meters: Iterable[str | Json] = ()) -> None:
         """Customers by id, meters by event name; a meter named `api_calls` gets the id `mtr_api_calls`."""
-        people = [{"id": one} if isinstance(one, str) else one for one in customers]
-        kinds = [{"id": f"mtr_{one}", "event_name": one} if isinstance(one, str) else one for one in meters]
+        people, kinds = list(customers), list(meters)
         if people:
             self.call("POST", "customers", {"customers": people})
         if kinds:

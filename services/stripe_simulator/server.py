@@ -31,6 +31,7 @@ from services.stripe_simulator.invoices import Invoices
 from services.stripe_simulator.ledger import Ledger
 from services.stripe_simulator.meters import Registry
 from services.stripe_simulator.observations import Observations
+from services.stripe_simulator.profile import EMPTY, Profile
 from services.stripe_simulator.reports import ErrorReports
 from services.stripe_simulator.sessions import Sessions
 from services.stripe_simulator.simulator import Simulator
@@ -45,9 +46,13 @@ BODY_BYTES_MAX = 1024 * 1024
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(config: SimulatorConfig) -> web.Application:
-    """The whole simulator as one application; opens `config.data_path`, closes it on cleanup."""
+def create_app(config: SimulatorConfig, profile: Profile = EMPTY) -> web.Application:
+    """The whole simulator as one application; opens `config.data_path`, closes it on cleanup.
+
+    Of the profile it takes what the simulator holds and plays at first; `config` is already decided.
+    """
     simulator = assemble(config)
+    simulator.begin(profile)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     for (method, route), endpoint in simulator.endpoints.items():
         app.router.add_route(method, route, _api_handler(simulator, f"{method} {route}", endpoint))
