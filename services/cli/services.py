@@ -61,19 +61,46 @@ def stripe_simulator(
     data: Annotated[
         Path | None, typer.Option(help="SQLite file to keep the state in; default memory.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Calls per second before it answers 429.")] = 1000.0,
-    summary_lag: Annotated[float, typer.Option(help="Seconds until summaries show an event.")] = 0.0,
+    faults: Annotated[
+        Path | None,
+        typer.Option(help="YAML profile: how it behaves, what fails, which meters and customers it holds."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Calls per second before it answers 429; default 1000.")
+    ] = None,
+    summary_lag: Annotated[
+        float | None, typer.Option(help="Seconds until summaries show an event; default 0.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the profile and end.")] = False,
 ) -> None:
-    """Run the simulated Stripe: meters, customers, meter events, summaries, faults.
+    """Run the simulated Stripe: meter events of v1 and v2, the stream, summaries, webhooks, faults.
 
-    Example: tidemeter stripe-simulator --port 12111 --data stripe.sqlite
+    Point a Stripe client at it with any key that begins with sk_test_, as the addresses `api` and
+    `meter_events`. Tests steer it under /_simulator/: its clock, its faults, its ledger of what counted.
+    A profile says what goes wrong: deploy/stripe-faults.example.yaml explains each line. Options given here
+    win over the profile. It proves conformance to its rules, listed in docs/stripe-simulator.md, not to
+    Stripe.
+
+    Example: tidemeter stripe-simulator --port 12111 --faults deploy/stripe-faults.example.yaml
     """
-    from services.stripe_simulator import SimulatorConfig, run
+    from services.stripe_simulator import InvalidProfile, Profile, SimulatorConfig, load_profile, run
 
     with sentences():
         settings = load_settings()
+        try:
+            profile = load_profile(faults) if faults is not None else Profile()
+            chosen = {"rate_per_second": rate, "summary_lag_seconds": summary_lag}
+            given = {name: value for name, value in chosen.items() if value is not None}
+            config = SimulatorConfig(port=port, data_path=data, **{**profile.config, **given})
+        except InvalidProfile as error:
+            raise Misconfigured(str(error)) from None
+        except ValueError as error:
+            raise Misconfigured(f"stripe-simulator: {error}") from None
+        if check:
+            typer.echo("the profile is valid")
+            return
         configure_logging(settings.log_level, settings.log_format, service="stripe-simulator")
-        run(SimulatorConfig(port=port, data_path=data, rate_per_second=rate, summary_lag_seconds=summary_lag))
+        run(config, profile)
 
 
 def migrate(as_json: JsonFlag = False) -> None:

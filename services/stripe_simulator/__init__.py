@@ -1,15 +1,14 @@
 """A Stripe that runs beside the tests: usage metering over HTTP, with faults on demand.
 
-Serves    the v1 meter events, meters, event summaries, adjustments and customers of Stripe, form-encoded,
-          and `/_simulator/` for tests: ledger, totals, statistics, clock, fault tape, seeding, reset.
+Serves    the meter events of v1 and v2, the v2 stream, adjustments, meters, summaries, customers, events,
+          signed webhooks, and `/_simulator/` for tests: ledger, clock, faults, seeding and more.
 Keeps     everything in one SQLite database. With `data_path` an answer leaves only after its commit, so a
           SIGKILL of the simulator loses nothing that was answered; a power cut may lose the last moments.
 Promises  the ledger of applied events is independent of the summaries, exact, and append-only: compare a
           client's claims with it, never with what this service chose to show.
-Differs   where Stripe is silent this service chooses, and says so where it does: which refusals come at the
-          call and which later, the scope of identifiers, wording of adjustment and alignment errors, the
-          status of the concurrency refusal, what 502/503/504 leave behind. Leaves out v2, webhooks, invoices.
-          It proves conformance to these rules, not to Stripe.
+Differs   where Stripe is silent this service chooses, and says so where it does; docs/stripe-simulator.md
+          lists every rule and whether it is documented, observed or chosen. Leaves out prices, subscriptions
+          and amounts. It proves conformance to these rules, not to Stripe.
 Fails     closed: a failed commit answers nobody and turns `/health/ready` to unhealthy.
 """
 
@@ -17,7 +16,18 @@ from __future__ import annotations
 
 from services.stripe_simulator.config import SimulatorConfig
 from services.stripe_simulator.control_client import SimulatorControl
+from services.stripe_simulator.profile import InvalidProfile, Profile, load_profile
 from services.stripe_simulator.running import run, running_simulator, serve
 from services.stripe_simulator.server import create_app
 
-__all__ = ["SimulatorConfig", "SimulatorControl", "create_app", "run", "running_simulator", "serve"]
+__all__ = [
+    "InvalidProfile",
+    "Profile",
+    "SimulatorConfig",
+    "SimulatorControl",
+    "create_app",
+    "load_profile",
+    "run",
+    "running_simulator",
+    "serve",
+]

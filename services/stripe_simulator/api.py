@@ -1,4 +1,4 @@
-"""The endpoints: each reads its parameters, does one thing, and returns Stripe's shape of the result."""
+"""The endpoints of metering: each reads its parameters, does one thing, and returns Stripe's shape of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from services.stripe_simulator.errors import Json, missing_object
 from services.stripe_simulator.events import MeterEvents
 from services.stripe_simulator.forms import Params
+from services.stripe_simulator.freshness import Freshness
 from services.stripe_simulator.gateway import Call, Endpoint
 from services.stripe_simulator.ledger import Ledger, Origin
 from services.stripe_simulator.meters import (
@@ -36,23 +37,29 @@ class Api:
         events: MeterEvents,
         sessions: Sessions,
         stream: EventStream,
+        freshness: Freshness,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._events = events
         self._sessions = sessions
         self._stream = stream
+        self._freshness = freshness
 
     def endpoints(self) -> dict[tuple[str, str], Endpoint]:
         """(method, route) → endpoint; the whole of the API that is simulated."""
         return {
-            ("POST", "/v1/billing/meter_events"): Endpoint(self._create_event, self._events.subject),
+            ("POST", "/v1/billing/meter_events"): Endpoint(
+                self._create_event, self._events.subject, rate="events"
+            ),
             ("POST", "/v1/billing/meter_event_adjustments"): Endpoint(self._cancel_event),
-            ("POST", f"{BILLING_V2}/meter_events"): Endpoint(self._create_event_v2, self._events.subject),
+            ("POST", f"{BILLING_V2}/meter_events"): Endpoint(
+                self._create_event_v2, self._events.subject, rate="events"
+            ),
             ("POST", f"{BILLING_V2}/meter_event_adjustments"): Endpoint(self._cancel_event_v2),
             ("POST", f"{BILLING_V2}/meter_event_session"): Endpoint(self._create_session),
             ("POST", f"{BILLING_V2}/meter_event_stream"): Endpoint(
-                self._take_stream, self._stream.arrived, events_in
+                self._take_stream, self._stream.arrived, rate="stream", events_in=events_in
             ),
             ("POST", METERS): Endpoint(self._create_meter),
             ("GET", METERS): Endpoint(self._list_meters),
@@ -130,7 +137,8 @@ class Api:
         query = SummaryQuery.read(params)
         if query.customer not in self._registry.customers:
             raise missing_object("customer", query.customer, param="customer", status=400)
-        usage = self._ledger.usage(meter.id, query.customer, query.start, query.end, origin.received_at)
+        seen_at = self._freshness.seen_at(origin.received_at)
+        usage = self._ledger.usage(meter.id, query.customer, query.start, query.end, seen_at)
         return page.of(summarise(usage, meter, query), call.path, "meter event summary")
 
     # Customers

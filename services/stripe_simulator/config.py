@@ -17,6 +17,23 @@ from services.stripe_simulator.codes import (
 IdentifierScope = Literal["account", "event_name"]
 UnknownReference = Literal["sync", "report"]
 
+POSITIVE = (
+    "rate_per_second",
+    "basic_rate_per_second",
+    "stream_rate_per_second",
+    "report_window_seconds",
+    "webhook_timeout_seconds",
+)
+NOT_NEGATIVE = (
+    "identifier_window_hours",
+    "summary_lag_seconds",
+    "summary_stuck_seconds",
+    "adjustment_lag_seconds",
+    "report_delay_seconds",
+    "report_samples_max",
+    "invoice_grace_seconds",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SimulatorConfig:
@@ -34,9 +51,18 @@ class SimulatorConfig:
                               what v1 answers a second call for one customer and meter: 429 with a reason is
                               our choice, 409 was observed by others. v2 answers 409.
     store_duplicate_refusals  whether the 400 for a repeated identifier is replayed for its Idempotency-Key.
-    rate_per_second           calls per second, but those of the stream; stream_rate_per_second counts events.
+    rate_per_second           calls per second of meter events, and of everything else unless
+                              basic_rate_per_second is set; stream_rate_per_second counts events. Documented:
+                              1,000 for meter events and 100 for the rest in live mode, 25 together in a
+                              sandbox, 10,000 for the stream.
     summary_lag_seconds       typical age of an event when summaries show it; each event waits 0.5 to 1.5
                               times as long, so a later event may show first.
+    summary_stuck_chance      share of events that wait about summary_stuck_seconds more.
+    adjustment_lag_seconds    how long a cancellation stays pending; None is as long as summary_lag_seconds.
+    report_*                  error reports: the window they cover, how long after its end they are made, how
+                              many errors of each code they name, and which form of naming a request.
+    webhook_retries           "sandbox": three tries over some hours; "live": for 3 days.
+    invoice_grace_seconds     from the end of a period until its invoice is final.
     """
 
     host: str = "127.0.0.1"
@@ -51,24 +77,37 @@ class SimulatorConfig:
     strict_positive_integer_v2: bool = False
     store_duplicate_refusals: bool = True
     rate_per_second: float = 1000
+    basic_rate_per_second: float | None = None
     stream_rate_per_second: float = 10_000
     concurrency_limit_per_customer_meter: bool = True
     concurrency_refusal_status: Literal[409, 429] = 429
     summary_lag_seconds: float = 0
+    summary_stuck_chance: float = 0
+    summary_stuck_seconds: float = 4 * 3600
+    adjustment_lag_seconds: float | None = None
+    report_window_seconds: float = 10
+    report_delay_seconds: float = 2
+    report_samples_max: int = 5
+    report_names_request_by: Literal["identifier", "id_and_key"] = "identifier"
+    webhook_retries: Literal["sandbox", "live"] = "sandbox"
+    webhook_timeout_seconds: float = 10
+    invoice_grace_seconds: float = 3600
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.rate_per_second, self.stream_rate_per_second) <= 0:
-            raise ValueError("rate_per_second and stream_rate_per_second must be positive")
-        if self.concurrency_refusal_status not in (409, 429):
-            raise ValueError("concurrency_refusal_status must be 409 or 429")
+        for name in POSITIVE:
+            limit = getattr(self, name)
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive")
+        for name in NOT_NEGATIVE:
+            given = getattr(self, name)
+            if given is not None and given < 0:
+                raise ValueError(f"{name} must not be negative")
+        if not 0 <= self.summary_stuck_chance <= 1:
+            raise ValueError("summary_stuck_chance must lie between 0 and 1")
         unknown = self.reported_later - CODES
         if unknown:
             raise ValueError(f"reported_later: unknown {sorted(unknown)}; known are {sorted(CODES)}")
-        if self.summary_lag_seconds < 0:
-            raise ValueError("summary_lag_seconds must not be negative")
-        if self.identifier_window_hours is not None and self.identifier_window_hours < 0:
-            raise ValueError("identifier_window_hours must not be negative")
 
     @property
     def late_codes(self) -> frozenset[str]:

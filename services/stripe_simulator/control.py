@@ -5,23 +5,23 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import structlog
 from aiohttp import web
 
+from services.stripe_simulator.deliveries import read_webhook_rule
+from services.stripe_simulator.destinations import ROLL_SECONDS_MAX
 from services.stripe_simulator.errors import ApiError, Json
 from services.stripe_simulator.faults import read_rule
-from services.stripe_simulator.forms import Params
 from services.stripe_simulator.ledger import ROWS_MAX
-from services.stripe_simulator.meters import Customer, Meter, new_id, read_customer, read_meter
 from services.stripe_simulator.moments import rfc3339
+from services.stripe_simulator.seeding import customer_from, meter_from
 from services.stripe_simulator.simulator import Simulator
 
 log = structlog.get_logger()
 
-Action = Callable[[Simulator, web.Request, Any], Json]
+Action = Callable[[Simulator, web.Request, Any], "Json | Awaitable[Json]"]
 
 
 def show_ledger(simulator: Simulator, request: web.Request, _: Any) -> Json:
@@ -53,21 +53,16 @@ def show_stats(simulator: Simulator, _: web.Request, __: Any) -> Json:
 
 def seed_customers(simulator: Simulator, _: web.Request, given: Any) -> Json:
     """Customers under ids of the test's choice; an id that exists is replaced."""
+    now = int(simulator.clock.now())
     for one in given["customers"]:
-        fields = dict(one)
-        customer = Customer(fields.pop("id", None) or new_id("cus"), int(simulator.clock.now()))
-        simulator.registry.keep_customer(read_customer(Params(fields), customer))
+        simulator.registry.keep_customer(customer_from(one, now))
     return {"seeded": len(given["customers"])}
 
 
 def seed_meters(simulator: Simulator, _: web.Request, given: Any) -> Json:
-    """Meters in the shape of POST /v1/billing/meters plus `id` and `status`; sum is the default formula."""
+    now = int(simulator.clock.now())
     for one in given["meters"]:
-        fields = {"default_aggregation": {"formula": "sum"}, "display_name": one["event_name"], **one}
-        meter_id, status = fields.pop("id", None) or new_id("mtr_test"), fields.pop("status", "active")
-        now = int(simulator.clock.now())
-        meter: Meter = read_meter(Params(fields), meter_id, now)
-        simulator.registry.keep_meter(meter if status == "active" else replace(meter, deactivated_at=now))
+        simulator.registry.keep_meter(meter_from(one, now))
     return {"seeded": len(given["meters"])}
 
 
@@ -82,6 +77,7 @@ def move_clock(simulator: Simulator, request: web.Request, given: Any) -> Json:
     else:
         simulator.clock.advance(float(given["advance_seconds"]))
     simulator.store.keep_setting("clock_offset_seconds", repr(simulator.clock.offset_seconds))
+    simulator.background.catch_up()
     return show_clock(simulator, request, given)
 
 
@@ -104,6 +100,66 @@ def clear_faults(simulator: Simulator, request: web.Request, given: Any) -> Json
     return show_faults(simulator, request, given)
 
 
+def show_webhook_faults(simulator: Simulator, _: web.Request, __: Any) -> Json:
+    return {"faults": simulator.webhook_faults.to_json()}
+
+
+def add_webhook_faults(simulator: Simulator, request: web.Request, given: Any) -> Json:
+    """As `faults`, with the rules of deliveries."""
+    listed = given if isinstance(given, list) else given["faults"]
+    rules = [read_webhook_rule(one) for one in listed]
+    if isinstance(given, dict) and "seed" in given:
+        simulator.webhook_faults.reseed(int(given["seed"]))
+    simulator.webhook_faults.extend(rules)
+    return show_webhook_faults(simulator, request, given)
+
+
+def clear_webhook_faults(simulator: Simulator, request: web.Request, given: Any) -> Json:
+    simulator.webhook_faults.clear()
+    return show_webhook_faults(simulator, request, given)
+
+
+def emit_event(simulator: Simulator, _: web.Request, given: Any) -> Json:
+    """Any event: a snapshot of `object`, or with `payload` thin one with `data` and `related_object`."""
+    now, event_type, log = simulator.clock.now(), str(given["type"]), simulator.event_log
+    if given.get("payload", "snapshot") == "thin":
+        return {"id": log.thin(event_type, given.get("data"), given.get("related_object"), now, now)}
+    return {"id": log.snapshot(event_type, dict(given["object"]), now, now)}
+
+
+def resend_event(simulator: Simulator, _: web.Request, given: Any) -> Json:
+    simulator.event_log.resend(str(given["event"]), simulator.clock.now())
+    return {"resent": given["event"]}
+
+
+def show_deliveries(simulator: Simulator, _: web.Request, __: Any) -> Json:
+    return simulator.deliveries.to_json()
+
+
+async def run_deliveries(simulator: Simulator, _: web.Request, __: Any) -> Json:
+    """Try everything that is due by the clock, and answer when that is done."""
+    tries = await simulator.background.deliver_due()
+    return {"tries": tries, **simulator.deliveries.to_json()}
+
+
+def roll_secret(simulator: Simulator, _: web.Request, given: Any) -> Json:
+    """A new secret; the old one signs too for `keep_old_seconds`, 24 hours unless said otherwise."""
+    keep = float(given.get("keep_old_seconds", ROLL_SECONDS_MAX))
+    rolled = simulator.destinations.roll(str(given["destination"]), simulator.clock.now(), keep)
+    return {"secret": rolled.secret}
+
+
+def stick_summaries(simulator: Simulator, _: web.Request, given: Any) -> Json:
+    simulator.freshness.stick(simulator.clock.now(), float(given["stuck_seconds"]))
+    return {"stuck_seconds": given["stuck_seconds"]}
+
+
+def schedule_invoice(simulator: Simulator, _: web.Request, given: Any) -> Json:
+    return simulator.invoices.schedule(
+        str(given["customer"]), str(given["meter"]), int(given["period_start"]), int(given["period_end"])
+    )
+
+
 def reset(simulator: Simulator, _: web.Request, __: Any) -> Json:
     simulator.reset()
     return {"reset": True}
@@ -120,6 +176,16 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("GET", "faults"): show_faults,
     ("POST", "faults"): add_faults,
     ("DELETE", "faults"): clear_faults,
+    ("GET", "webhook_faults"): show_webhook_faults,
+    ("POST", "webhook_faults"): add_webhook_faults,
+    ("DELETE", "webhook_faults"): clear_webhook_faults,
+    ("POST", "events"): emit_event,
+    ("POST", "resend"): resend_event,
+    ("GET", "deliveries"): show_deliveries,
+    ("POST", "deliveries"): run_deliveries,
+    ("POST", "roll_secret"): roll_secret,
+    ("POST", "summaries"): stick_summaries,
+    ("POST", "invoices"): schedule_invoice,
     ("POST", "reset"): reset,
 }
 
@@ -138,6 +204,8 @@ def _guarded(
         try:
             given = await request.json() if request.can_read_body else {}
             result = action(simulator, request, given)
+            if not isinstance(result, dict):
+                result = await result
         except ApiError as refusal:
             return _refused(refusal.message)
         except (KeyError, TypeError, ValueError, json.JSONDecodeError) as error:

@@ -38,8 +38,7 @@ class SimulatorControl:
 
     def seed(self, *, customers: Iterable[str | Json] = (), meters: Iterable[str | Json] = ()) -> None:
         """Customers by id, meters by event name; a meter named `api_calls` gets the id `mtr_api_calls`."""
-        people = [{"id": one} if isinstance(one, str) else one for one in customers]
-        kinds = [{"id": f"mtr_{one}", "event_name": one} if isinstance(one, str) else one for one in meters]
+        people, kinds = list(customers), list(meters)
         if people:
             self.call("POST", "customers", {"customers": people})
         if kinds:
@@ -72,6 +71,45 @@ class SimulatorControl:
 
     def clear_faults(self) -> None:
         self.call("DELETE", "faults")
+
+    def play_webhooks(self, *faults: Json, seed: int | None = None) -> None:
+        """The same for deliveries of events."""
+        wanted = {"faults": list(faults)} | ({} if seed is None else {"seed": seed})
+        self.call("POST", "webhook_faults", wanted)
+
+    def emit(self, event_type: str, about: Json) -> str:
+        """A snapshot event about this object; returns its id."""
+        return str(self.call("POST", "events", {"type": event_type, "object": about})["id"])
+
+    def emit_thin(self, event_type: str, data: Json | None = None, related: Json | None = None) -> str:
+        thin = {"type": event_type, "payload": "thin", "data": data, "related_object": related}
+        return str(self.call("POST", "events", thin)["id"])
+
+    def resend(self, event_id: str) -> None:
+        self.call("POST", "resend", {"event": event_id})
+
+    def deliver(self) -> Json:
+        """Try every delivery that is due and return how all of them stand."""
+        return self.call("POST", "deliveries", {})
+
+    def deliveries(self) -> Json:
+        return self.call("GET", "deliveries")
+
+    def roll_secret(self, destination: str, keep_old_seconds: float = 24 * 3600) -> str:
+        """The new secret; the old one signs beside it for a while."""
+        body = {"destination": destination, "keep_old_seconds": keep_old_seconds}
+        return str(self.call("POST", "roll_secret", body)["secret"])
+
+    def stick_summaries(self, seconds: float) -> None:
+        """Summaries stay as they are until the clock has moved so far; 0 lets them go."""
+        self.call("POST", "summaries", {"stuck_seconds": seconds})
+
+    def schedule_invoice(self, customer: str, meter: str, period_start: int, period_end: int) -> Json:
+        """An invoice whose draft appears at the end of the period."""
+        wanted = {"customer": customer, "meter": meter}
+        return self.call(
+            "POST", "invoices", wanted | {"period_start": period_start, "period_end": period_end}
+        )
 
     def reset(self) -> None:
         self.call("POST", "reset")

@@ -9,13 +9,13 @@ share one set of identifiers; an identifier stays taken when its event was cance
 
 from __future__ import annotations
 
-import random
 from decimal import Decimal
 
 from services.stripe_simulator.codes import CODES_V1, CODES_V2, CUSTOMER_NOT_FOUND
 from services.stripe_simulator.config import SimulatorConfig
 from services.stripe_simulator.errors import ApiError, DuplicateIdentifier, Json
 from services.stripe_simulator.forms import Form, Params
+from services.stripe_simulator.freshness import Freshness
 from services.stripe_simulator.ledger import Applied, AsyncError, Ledger, Origin
 from services.stripe_simulator.meters import Meter, Registry, new_id
 from services.stripe_simulator.moments import rfc3339
@@ -40,13 +40,13 @@ class MeterEvents:
         registry: Registry,
         ledger: Ledger,
         observations: Observations,
-        dice: random.Random,
+        freshness: Freshness,
     ) -> None:
         self._config = config
         self._registry = registry
         self._ledger = ledger
         self._observations = observations
-        self._dice = dice
+        self._freshness = freshness
 
     def subject(self, form: Form) -> tuple[str, str] | None:
         """(customer, event name): Stripe allows one concurrent call for each (docs.stripe.com/rate-limits).
@@ -112,7 +112,8 @@ class MeterEvents:
         if origin.received_at - row.received_at > CANCEL_SECONDS_MAX:
             message = "You can only cancel meter events within 24 hours of Stripe receiving them."
             raise ApiError(message, param="cancel[identifier]")
-        self._ledger.cancel(row.sequence, origin.received_at, self.visible_at(origin.received_at))
+        shown_at = self._freshness.cancelled_at(origin.received_at)
+        self._ledger.cancel(row.sequence, origin.received_at, shown_at)
         return {
             "object": "billing.meter_event_adjustment",
             "cancel": {"identifier": identifier},
@@ -165,7 +166,7 @@ class MeterEvents:
             customer=payload[customer_key],
             value=value,
             timestamp=request.timestamp,
-            visible_at=self.visible_at(received_at),
+            visible_at=self._freshness.visible_at(received_at),
             dimensions={
                 name: text for name, text in payload.items() if name != customer_key and name != value_key
             },
@@ -178,10 +179,6 @@ class MeterEvents:
         return AsyncError(
             problem.code, problem.message, request.identifier, request.event_name, customer, meter_id
         )
-
-    def visible_at(self, received_at: float) -> float:
-        lag = self._config.summary_lag_seconds
-        return received_at + (lag * self._dice.uniform(0.5, 1.5) if lag else 0.0)
 
     def _take(
         self, request: EventRequest, origin: Origin, codes: dict[str, str], late: frozenset[str]

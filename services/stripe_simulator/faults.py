@@ -7,7 +7,8 @@ requests from 1.
 
 fault                  what the client sees, and what was done
 ok                     the ordinary answer: a blank on the tape
-status 429, 409        refused before execution; `reason` sets Stripe-Rate-Limited-Reason; `lock_timeout`
+status 429, 409        refused before execution; `reason` (one of REASONS) sets Stripe-Rate-Limited-Reason,
+                       `lock_timeout` has none and asks to be retried
 status 500             stored for the key and replayed for a day; `applied` says whether the event counted
 status 502, 503, 504   a gateway in front of the API failed; that answer is never stored (a choice).
                        `applied`: the API behind did its work and stored its own result, so the same key then
@@ -17,6 +18,7 @@ reset_after_apply      done and stored, then the connection is reset
 cut_body               done and stored; Content-Length promises more than is sent, then the connection closes
 stall_before_answer    done and stored; the answer follows after `seconds`
 stall_body             done and stored; headers and half the body, then nothing for `seconds`, then a reset
+html_answer            done and stored, but a page in HTML comes back with status 200
 slow                   stays in flight for `seconds`, then works as usual
 
 With `"remember": false` the API forgets the key of an executed request, so that the same key meets the
@@ -26,9 +28,12 @@ duplicate-identifier refusal instead of a replay.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+import msgspec
 
 from services.stripe_simulator.errors import (
     Answer,
@@ -47,13 +52,21 @@ NAMES = frozenset(
         "cut_body",
         "stall_before_answer",
         "stall_body",
+        "html_answer",
         "slow",
     }
 )
 STATUSES = frozenset({409, 429, 500, 502, 503, 504})
+#: docs.stripe.com/rate-limits
+REASONS = frozenset(
+    {"global-rate", "global-concurrency", "endpoint-rate", "endpoint-concurrency", "resource-specific"}
+)
 RULES_MAX = 1000
+COPIES_MAX = 100
 SECONDS_DEFAULT = 30.0
 SECONDS_MAX = 3600.0
+FAULT_FIELDS = ("status", "applied", "reason", "lock_timeout", "seconds", "remember", "copies")
+MATCH_FIELDS = ("path", "method", "nth", "probability")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,7 @@ class Fault:
     lock_timeout: bool = False
     seconds: float = SECONDS_DEFAULT
     remember: bool = True
+    copies: int = 1
 
     @property
     def label(self) -> str:
@@ -80,10 +94,10 @@ class Fault:
     def resets(self) -> bool:
         return self.name in ("reset_before_apply", "reset_after_apply")
 
-    def before_execution(self) -> Answer | None:
+    def before_execution(self, *, v2: bool) -> Answer | None:
         """The answer of a request that is never executed, or None."""
         if self.status == 429:
-            return TooManyRequests(self.reason, lock_timeout=self.lock_timeout).answer()
+            return TooManyRequests(self.reason, lock_timeout=self.lock_timeout).answer(v2=v2)
         if self.status == 409:
             return too_many_concurrent_requests().answer()
         if self.is_gateway and not self.applied:
@@ -97,9 +111,12 @@ class Fault:
             unavailable = ApiError("Service temporarily unavailable.", status=503)
             unavailable.type = "api_error"
             return unavailable.answer()
-        title = {502: "502 Bad Gateway", 504: "504 Gateway Time-out"}[self.status]
-        body = f"<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>"
-        return Answer(self.status, body.encode(), content_type="text/html")
+        return html_page({502: "502 Bad Gateway", 504: "504 Gateway Time-out"}[self.status], self.status)
+
+
+def html_page(title: str, status: int) -> Answer:
+    body = f"<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>"
+    return Answer(status, body.encode(), content_type="text/html")
 
 
 NO_FAULT = Fault()
@@ -135,31 +152,50 @@ class Rule:
         return asdict(self)
 
 
-def read_rule(given: Any) -> Rule:
+def read_rule(given: Any, names: frozenset[str] = NAMES, seconds_max: float = SECONDS_MAX) -> Rule:
     """One entry of POST /_simulator/faults; ValueError says what is wrong with it."""
     if not isinstance(given, dict):
         raise ValueError("a fault is an object with `fault` and, optionally, `match`")
     fields = dict(given)
-    match = fields.pop("match", {})
-    times = fields.pop("times", None)
-    name = fields.pop("fault", None)
-    if name not in NAMES:
-        raise ValueError(f"fault must be one of {', '.join(sorted(NAMES))}")
-    if (name == "status") != (fields.get("status") in STATUSES):
-        raise ValueError(f"fault status, and no other, takes a status of {sorted(STATUSES)}")
-    if not 0 <= fields.get("seconds", SECONDS_DEFAULT) <= SECONDS_MAX:
-        raise ValueError(f"seconds must lie between 0 and {SECONDS_MAX}")
+    match, times, name = fields.pop("match", {}), fields.pop("times", None), fields.pop("fault", None)
+    if name not in names:
+        raise ValueError(f"fault must be one of {', '.join(sorted(names))}, not {name!r}")
+    if not isinstance(match, dict):
+        raise ValueError(f"match is an object with some of {', '.join(MATCH_FIELDS)}")
+    _refuse_unknown(fields, FAULT_FIELDS, "a fault")
+    _refuse_unknown(match, MATCH_FIELDS, "match")
     try:
-        fault = Fault(name=name, **fields)
-        rule = Rule(fault, **match, times=times)
-    except TypeError as error:
-        raise ValueError(f"unknown field: {error}") from error
-    counts_are_whole = all(isinstance(count, int | None) for count in (rule.nth, rule.times))
-    if not counts_are_whole or not isinstance(rule.probability, int | float | None):
-        raise ValueError("nth and times are whole numbers, probability is a number")
+        fault = msgspec.convert({**fields, "name": name}, Fault)
+        rule = msgspec.convert({**match, "times": times, "fault": fault}, Rule)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
+    _check_fault(fault, seconds_max)
+    if rule.probability is not None and not 0 <= rule.probability <= 1:
+        raise ValueError("probability must lie between 0 and 1")
+    if min(1 if rule.nth is None else rule.nth, 1 if rule.times is None else rule.times) < 1:
+        raise ValueError("nth and times count from 1")
     if rule.nth is None and rule.probability is None and rule.times is None:
         rule.times = 1
     return rule
+
+
+def _refuse_unknown(given: dict[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)}: {where} has {', '.join(known)}")
+
+
+def _check_fault(fault: Fault, seconds_max: float) -> None:
+    if (fault.name == "status") != (fault.status in STATUSES):
+        raise ValueError(f"fault status, and no other, takes a status of {sorted(STATUSES)}")
+    if not 0 <= fault.seconds <= seconds_max:
+        raise ValueError(f"seconds must lie between 0 and {seconds_max}")
+    if not 1 <= fault.copies <= COPIES_MAX:
+        raise ValueError(f"copies must lie between 1 and {COPIES_MAX}")
+    if fault.reason is not None and fault.reason not in REASONS:
+        raise ValueError(f"reason must be one of {', '.join(sorted(REASONS))}")
+    if fault.lock_timeout and fault.reason is not None:
+        raise ValueError("a lock_timeout comes without a reason")
 
 
 class FaultTape:

@@ -131,6 +131,17 @@ class Params:
             raise InvalidParameters(f"Invalid object: {self.name(name)}", param=self.name(name))
         return Params(value, self.name(name))
 
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def texts(self, name: str) -> list[str]:
+        """A list of strings, however it was written: `a[]=x`, `a[0]=x`, JSON; empty when absent."""
+        value = self._left.pop(name, None)
+        items = [] if value is None else list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(items, list) or not all(isinstance(one, str) for one in items):
+            raise InvalidParameters(f"Invalid array: {self.name(name)}", param=self.name(name))
+        return [one for one in items if isinstance(one, str)]
+
     def text_map(self, name: str, *, length_max: int) -> dict[str, str] | None:
         """A flat map of strings (`payload`, `metadata`); None when absent."""
         value = self._left.pop(name, None)

@@ -14,6 +14,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import msgspec
 import structlog
@@ -30,7 +31,7 @@ from services.stripe_simulator.errors import (
     Unauthenticated,
     too_many_concurrent_requests,
 )
-from services.stripe_simulator.faults import NO_FAULT, Fault, FaultTape
+from services.stripe_simulator.faults import NO_FAULT, Fault, FaultTape, html_page
 from services.stripe_simulator.forms import Form, Params, decode_form
 from services.stripe_simulator.idempotency import V1, V2, IdempotencyKeys, KeyedRequest, Remembered
 from services.stripe_simulator.ledger import Origin
@@ -67,12 +68,14 @@ class Call:
 class Endpoint:
     """`run` does the work; `subject` names the customer and meter that allow one call at a time.
 
-    `events_in` is set for the stream: it says how many events a body holds, and a session token is the key.
+    `rate` is the limit that the call counts against; of the stream it takes `events_in`, how many events a
+    body holds, and the key is a session token.
     """
 
     run: Callable[[Call, Params, Origin], Json]
     subject: Callable[[Form], tuple[str, str] | None] = field(default=lambda form: None)
-    events_in: Callable[[Form], int] | None = None
+    rate: Literal["basic", "events", "stream"] = "basic"
+    events_in: Callable[[Form], int] = field(default=lambda form: 1)
 
 
 def bearer(authorization: str) -> str:
@@ -87,7 +90,7 @@ def bearer(authorization: str) -> str:
 
 def read_form(call: Call) -> Form:
     """The parameters: from a query or a form in v1, from a query or JSON in v2."""
-    if not call.v2 or call.method == "GET":
+    if not call.v2 or call.method != "POST":
         if call.is_json:
             message = "Invalid request body: v1 expects application/x-www-form-urlencoded, not JSON."
             raise InvalidParameters(message)
@@ -120,7 +123,7 @@ class Gateway:
         self._keys_v1, self._keys_v2 = IdempotencyKeys(store, clock, V1), IdempotencyKeys(store, clock, V2)
         self._faults = faults
         self._observations = observations
-        self._admitted, self._streamed = SlidingSecond(), SlidingSecond()
+        self._admitted, self._events_admitted, self._streamed = (SlidingSecond() for _ in range(3))
 
     async def respond(self, call: Call, endpoint: Endpoint) -> tuple[Answer, Fault]:
         """The answer, and the fault under which it is to be delivered."""
@@ -131,32 +134,38 @@ class Gateway:
             subject = endpoint.subject(form)
             self._admit(endpoint, form)
             fault = self._pick_fault(call)
-            answer = fault.before_execution()
+            answer = fault.before_execution(v2=call.v2)
             if answer is None:
                 answer = await self._once(call, endpoint, form, subject, fault)
         except ApiError as refusal:
             answer = refusal.answer(v2=call.v2)
         if fault.is_gateway:
             answer = fault.gateway_answer()
+        if fault.name == "html_answer":
+            answer = html_page("Welcome", 200)
         return answer, fault
 
     def _authenticated(self, call: Call, endpoint: Endpoint) -> Call:
         key = bearer(call.authorization)
-        if endpoint.events_in is not None:
+        if endpoint.rate == "stream":
             return replace(call, account=self._sessions.account(key, self._clock.now()))
         if not _TEST_KEY.fullmatch(key):
             raise Unauthenticated(f"Invalid API Key provided: {key[:3]}****")
         return call
 
     def _admit(self, endpoint: Endpoint, form: Form) -> None:
-        now = asyncio.get_running_loop().time()
-        if endpoint.events_in is None:
-            events, admitted, limit = 1, self._admitted, self._config.rate_per_second
-        else:
-            events, admitted = endpoint.events_in(form), self._streamed
-            limit = self._config.stream_rate_per_second
+        """Meter events have a limit of their own, which the other calls share unless they have one too."""
+        now, events = asyncio.get_running_loop().time(), endpoint.events_in(form)
+        basic = self._config.basic_rate_per_second
+        admitted, limit, reason = self._admitted, self._config.rate_per_second, "global-rate"
+        if endpoint.rate == "stream":
+            admitted, limit = self._streamed, self._config.stream_rate_per_second
+        elif basic is not None and endpoint.rate == "events":
+            admitted, reason = self._events_admitted, "endpoint-rate"
+        elif basic is not None:
+            limit = basic
         if admitted.count(now) + events > max(events, limit):
-            raise TooManyRequests("global-rate")
+            raise TooManyRequests(reason)
         admitted.add(now, events)
 
     def _pick_fault(self, call: Call) -> Fault:

@@ -138,8 +138,8 @@ class Ledger:
     def report(self, errors: Sequence[AsyncError], origin: Origin) -> None:
         self._store.write_many(
             "INSERT INTO error_reports"
-            " (code, message, identifier, event_name, customer, received_at, request_id, meter)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            " (code, message, identifier, event_name, customer, received_at, request_id, meter,"
+            " idempotency_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     error.code,
@@ -150,6 +150,7 @@ class Ledger:
                     origin.received_at,
                     origin.request_id,
                     error.meter,
+                    origin.idempotency_key,
                 )
                 for error in errors
             ],
@@ -241,6 +242,16 @@ class Ledger:
             " WHERE meter = ? AND customer = ? AND timestamp >= ? AND timestamp < ?"
             " AND visible_at <= ? AND (cancel_visible_at IS NULL OR cancel_visible_at > ?) ORDER BY sequence",
             (meter, customer, start, end, seen_at, seen_at),
+        )
+        return (Usage(sequence, timestamp, Decimal(value)) for sequence, timestamp, value in rows)
+
+    def received(self, meter: str, customer: str, start: int, end: int, until: float) -> Iterator[Usage]:
+        """Events of [start, end) by event time that were received, and not cancelled, by `until`."""
+        rows = self._store.read(
+            "SELECT sequence, timestamp, value FROM ledger"
+            " WHERE meter = ? AND customer = ? AND timestamp >= ? AND timestamp < ?"
+            " AND received_at <= ? AND (cancelled_at IS NULL OR cancelled_at > ?) ORDER BY sequence",
+            (meter, customer, start, end, until, until),
         )
         return (Usage(sequence, timestamp, Decimal(value)) for sequence, timestamp, value in rows)
 

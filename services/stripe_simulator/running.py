@@ -13,6 +13,7 @@ from aiohttp import web
 
 from services.stripe_simulator.config import SimulatorConfig
 from services.stripe_simulator.control_client import SimulatorControl
+from services.stripe_simulator.profile import EMPTY, Profile
 from services.stripe_simulator.server import create_app
 
 log = structlog.get_logger()
@@ -24,6 +25,7 @@ START_SECONDS_MAX = 15.0
 async def serve(
     config: SimulatorConfig,
     *,
+    profile: Profile = EMPTY,
     stop: asyncio.Event | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -33,7 +35,7 @@ async def serve(
     """
     if stop is None:
         stop = _stop_on_signals()
-    runner = web.AppRunner(create_app(config), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    runner = web.AppRunner(create_app(config, profile), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
     await runner.setup()
     try:
         await web.TCPSite(runner, config.host, config.port).start()
@@ -47,13 +49,15 @@ async def serve(
         log.info("simulator_stopped")
 
 
-def run(config: SimulatorConfig) -> None:
+def run(config: SimulatorConfig, profile: Profile = EMPTY) -> None:
     """Serve on the main thread until SIGINT or SIGTERM."""
-    asyncio.run(serve(config))
+    asyncio.run(serve(config, profile=profile))
 
 
 @contextmanager
-def running_simulator(config: SimulatorConfig | None = None) -> Iterator[SimulatorControl]:
+def running_simulator(
+    config: SimulatorConfig | None = None, profile: Profile = EMPTY
+) -> Iterator[SimulatorControl]:
     """A simulator in a thread of this process, on a free port unless the configuration names one."""
     wanted = config or SimulatorConfig(port=0)
     outcome: dict[str, str] = {}
@@ -67,7 +71,7 @@ def running_simulator(config: SimulatorConfig | None = None) -> Iterator[Simulat
 
     def work() -> None:
         try:
-            loop.run_until_complete(serve(wanted, stop=stop, on_ready=ready))
+            loop.run_until_complete(serve(wanted, profile=profile, stop=stop, on_ready=ready))
         finally:
             loop.close()
             started.set()

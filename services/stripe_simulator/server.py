@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import structlog
 from aiohttp import web
 from prometheus_client import generate_latest
 
+from services.stripe_simulator.answering import deliver
 from services.stripe_simulator.api import Api
+from services.stripe_simulator.api_events import EventsApi
+from services.stripe_simulator.background import Background
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.config import SimulatorConfig
 from services.stripe_simulator.control import add_control_routes
-from services.stripe_simulator.delivery import deliver
+from services.stripe_simulator.courier import Courier
+from services.stripe_simulator.deliveries import Deliveries
+from services.stripe_simulator.destinations import Destinations
 from services.stripe_simulator.errors import Answer, ApiError, unrecognized_url
+from services.stripe_simulator.event_log import EventLog
 from services.stripe_simulator.events import MeterEvents
 from services.stripe_simulator.faults import NO_FAULT, FaultTape
+from services.stripe_simulator.freshness import Freshness
 from services.stripe_simulator.gateway import DEFAULT_ACCOUNT, Call, Endpoint, Gateway
+from services.stripe_simulator.invoices import Invoices
 from services.stripe_simulator.ledger import Ledger
 from services.stripe_simulator.meters import Registry
 from services.stripe_simulator.observations import Observations
+from services.stripe_simulator.profile import EMPTY, Profile
+from services.stripe_simulator.reports import ErrorReports
 from services.stripe_simulator.sessions import Sessions
 from services.stripe_simulator.simulator import Simulator
 from services.stripe_simulator.store import Store
@@ -36,9 +46,13 @@ BODY_BYTES_MAX = 1024 * 1024
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(config: SimulatorConfig) -> web.Application:
-    """The whole simulator as one application; opens `config.data_path`, closes it on cleanup."""
+def create_app(config: SimulatorConfig, profile: Profile = EMPTY) -> web.Application:
+    """The whole simulator as one application; opens `config.data_path`, closes it on cleanup.
+
+    Of the profile it takes what the simulator holds and plays at first; `config` is already decided.
+    """
     simulator = assemble(config)
+    simulator.begin(profile)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     for (method, route), endpoint in simulator.endpoints.items():
         app.router.add_route(method, route, _api_handler(simulator, f"{method} {route}", endpoint))
@@ -46,12 +60,20 @@ def create_app(config: SimulatorConfig) -> web.Application:
     _add_operating_routes(app, simulator)
     app.router.add_route("*", "/{unknown:.*}", _unknown_url(simulator))
 
+    async def background(_: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(simulator.background.run(simulator.closing))
+        yield
+        simulator.closing.set()
+        task.cancel()
+        await asyncio.wait([task])
+
     async def stop_waiting(_: web.Application) -> None:
         simulator.closing.set()
 
     async def close(_: web.Application) -> None:
         simulator.store.close()
 
+    app.cleanup_ctx.append(background)
     app.on_shutdown.append(stop_waiting)
     app.on_cleanup.append(close)
     return app
@@ -61,10 +83,20 @@ def assemble(config: SimulatorConfig) -> Simulator:
     store = Store(config.data_path)
     clock = Clock(offset_seconds=float(store.setting("clock_offset_seconds", "0")))
     registry, ledger, observations = Registry(store), Ledger(store), Observations()
-    sessions, faults = Sessions(store), FaultTape(config.seed)
+    faults, webhook_faults = FaultTape(config.seed), FaultTape(config.seed)
     dice = random.Random(config.seed)  # noqa: S311  repeatable lag, not secrets
-    events = MeterEvents(config, registry, ledger, observations, dice)
+    sessions, freshness = Sessions(store), Freshness(config, store, dice)
+    events = MeterEvents(config, registry, ledger, observations, freshness)
     stream = EventStream(config, registry, ledger, events, observations)
+    destinations = Destinations(store)
+    deliveries = Deliveries(store, webhook_faults, config.webhook_retries)
+    event_log = EventLog(store, destinations, deliveries, API_VERSION)
+    invoices = Invoices(config, store, registry, ledger, event_log)
+    reports = ErrorReports(config, store, event_log)
+    courier = Courier(store, clock, destinations, deliveries, config.webhook_timeout_seconds)
+    background = Background(clock, reports, invoices, courier)
+    metering = Api(registry, ledger, events, sessions, stream, freshness)
+    about_events = EventsApi(destinations, event_log, invoices, background.catch_up)
     return Simulator(
         config=config,
         store=store,
@@ -74,8 +106,15 @@ def assemble(config: SimulatorConfig) -> Simulator:
         observations=observations,
         faults=faults,
         dice=dice,
+        freshness=freshness,
+        destinations=destinations,
+        deliveries=deliveries,
+        webhook_faults=webhook_faults,
+        event_log=event_log,
+        invoices=invoices,
+        background=background,
         gateway=Gateway(config, clock, store, sessions, faults, observations),
-        endpoints=Api(registry, ledger, events, sessions, stream).endpoints(),
+        endpoints=metering.endpoints() | about_events.endpoints(),
         closing=asyncio.Event(),
     )
 

@@ -41,7 +41,8 @@ CREATE INDEX IF NOT EXISTS ledger_by_usage ON ledger (meter, customer, timestamp
 CREATE TABLE IF NOT EXISTS ledger_dimensions (sequence INTEGER PRIMARY KEY, dimensions TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS error_reports (
     sequence INTEGER PRIMARY KEY, code TEXT NOT NULL, message TEXT NOT NULL, identifier TEXT NOT NULL,
-    event_name TEXT NOT NULL, customer TEXT, received_at REAL NOT NULL, request_id TEXT NOT NULL, meter TEXT
+    event_name TEXT NOT NULL, customer TEXT, received_at REAL NOT NULL, request_id TEXT NOT NULL, meter TEXT,
+    idempotency_key TEXT, reported INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS error_reports_by_identifier ON error_reports (identifier);
 CREATE VIEW IF NOT EXISTS ledger_rows AS
@@ -71,10 +72,31 @@ CREATE TABLE IF NOT EXISTS idempotency_v2 (
 CREATE TABLE IF NOT EXISTS sessions (
     token TEXT PRIMARY KEY, account TEXT NOT NULL, expires_at REAL NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS destinations (id TEXT PRIMARY KEY, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    sequence INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, type TEXT NOT NULL,
+    created REAL NOT NULL, body TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS deliveries (
+    sequence INTEGER PRIMARY KEY, destination TEXT NOT NULL, event TEXT NOT NULL, type TEXT NOT NULL,
+    body BLOB NOT NULL, due_at REAL NOT NULL, retries INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL DEFAULT 'pending', statuses TEXT NOT NULL DEFAULT '[]', fault TEXT,
+    fault_seconds REAL NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (due_at, sequence) WHERE state = 'pending';
+CREATE TABLE IF NOT EXISTS invoices (id TEXT PRIMARY KEY, due_at REAL, body TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS invoices_due ON invoices (due_at) WHERE due_at IS NOT NULL;
 """
 
 # Columns that files of an earlier version lack: (table, column, declaration).
-LATER_COLUMNS = (("error_reports", "meter", "TEXT"),)
+LATER_COLUMNS = (
+    ("error_reports", "meter", "TEXT"),
+    ("error_reports", "idempotency_key", "TEXT"),
+    ("error_reports", "reported", "INTEGER NOT NULL DEFAULT 0"),
+)
+LATER_INDEXES = """
+CREATE INDEX IF NOT EXISTS error_reports_open ON error_reports (received_at) WHERE reported = 0;
+"""
 
 TABLES = (
     "settings",
@@ -88,6 +110,10 @@ TABLES = (
     "idempotency",
     "idempotency_v2",
     "sessions",
+    "destinations",
+    "events",
+    "deliveries",
+    "invoices",
 )
 
 
@@ -121,6 +147,7 @@ class Store:
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.executescript(SCHEMA)
         self._add_later_columns()
+        self._db.executescript(LATER_INDEXES)
         self._commit: asyncio.Future[None] | None = None
         self.failure: Exception | None = None
 

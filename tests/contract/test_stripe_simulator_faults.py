@@ -7,9 +7,10 @@ import time
 
 import httpx
 import pytest
+import stripe
 
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-from tests.contract.stripe_calls import AUTHORIZATION, http
+from tests.contract.stripe_calls import AUTHORIZATION, event, http, sdk
 
 
 def send(
@@ -212,3 +213,68 @@ def test_a_stall_does_not_hold_up_the_shutdown() -> None:
             send(sim, "id-1", timeout=0.1)
         began = time.monotonic()
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["global-rate", "global-concurrency", "endpoint-rate", "endpoint-concurrency", "resource-specific"],
+)
+def test_rule_12_every_documented_reason_of_a_429_can_be_played_and_is_not_stored(
+    sim: SimulatorControl, reason: str
+) -> None:
+    sim.play({"fault": "status", "status": 429, "reason": reason})
+    refused = send(sim, "id-1", "key-1")
+    assert (refused.status_code, refused.headers["Stripe-Rate-Limited-Reason"]) == (429, reason)
+    assert "Stripe-Should-Retry" not in refused.headers
+    assert send(sim, "id-1", "key-1").status_code == 200
+
+
+def test_rule_12_the_sdk_retries_a_lock_timeout_and_no_other_429(sim: SimulatorControl) -> None:
+    client = sdk(sim, retries=1)
+    sim.play({"fault": "status", "status": 429, "lock_timeout": True})
+    client.v1.customers.create({"name": "Ada"})
+    sim.play({"fault": "status", "status": 429, "reason": "global-concurrency"})
+    with pytest.raises(stripe.RateLimitError):
+        client.v1.customers.create({"name": "Ada"})
+
+
+def test_rule_12_in_live_mode_meter_events_have_a_limit_of_their_own() -> None:
+    config = SimulatorConfig(port=0, rate_per_second=8, basic_rate_per_second=3)
+    with running_simulator(config) as sim:
+        sim.seed(customers=["cus_1"], meters=["calls"])
+        client = httpx.Client(base_url=sim.url, headers=AUTHORIZATION)
+        basic = [client.get("/v1/customers") for _ in range(5)]
+        form = {"event_name": "calls", "payload[stripe_customer_id]": "cus_1", "payload[value]": "1"}
+        events = [client.post("/v1/billing/meter_events", data=form) for _ in range(10)]
+        assert [one.status_code for one in basic] == [200] * 3 + [429] * 2
+        assert [one.status_code for one in events] == [200] * 8 + [429] * 2
+        reasons = [one.headers["Stripe-Rate-Limited-Reason"] for one in (basic[-1], events[-1])]
+        assert reasons == ["global-rate", "endpoint-rate"]
+
+
+def test_rule_11_v1_may_answer_a_second_call_with_409() -> None:
+    with running_simulator(SimulatorConfig(port=0, concurrency_refusal_status=409)) as sim:
+        sim.seed(customers=["cus_1"], meters=["calls"])
+        sim.play({"fault": "slow", "seconds": 0.5})
+        slow = threading.Thread(target=send, args=(sim, "id-1"))
+        slow.start()
+        time.sleep(0.2)
+        refused = send(sim, "id-2", "key-2")
+        slow.join()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_concurrent_requests")
+        assert send(sim, "id-2", "key-2").status_code == 200
+
+
+def test_rule_13_a_page_in_html_hides_a_success(sim: SimulatorControl) -> None:
+    sim.play({"fault": "html_answer"})
+    with pytest.raises(stripe.APIError, match="Invalid response body"):
+        sdk(sim).v1.billing.meter_events.create(event("id-1"))  # type: ignore[arg-type]
+    assert sim.total() == "5"
+
+
+@pytest.mark.parametrize("fault", ["reset_before_apply", "reset_after_apply", "cut_body", "stall_body"])
+def test_rule_13_the_sdk_sees_a_lost_answer_as_a_broken_connection(sim: SimulatorControl, fault: str) -> None:
+    sim.play({"fault": fault, "seconds": 0.3})
+    with pytest.raises(stripe.APIConnectionError):
+        sdk(sim).v1.billing.meter_events.create(event("id-1"))  # type: ignore[arg-type]
+    assert sim.total() == ("0" if fault == "reset_before_apply" else "5")

@@ -9,7 +9,7 @@ import pytest
 import stripe
 
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-from tests.contract.stripe_calls import AUTHORIZATION, DAY, HOUR, http
+from tests.contract.stripe_calls import AUTHORIZATION, DAY, HOUR, http, sdk
 
 MIDNIGHT = 1_800_057_600  # 2027-01-16T00:00:00Z
 
@@ -179,3 +179,50 @@ def test_summaries_lag_and_a_later_event_may_show_first() -> None:
         sim.advance(600)
         assert shown(sim, 0, DAY) == [(0, 12)]
         assert sim.total() == "12", "the ledger never lags"
+
+
+def test_rule_16_summaries_can_be_stuck_for_hours(sim: SimulatorControl) -> None:
+    use(sim, 0, "1", identifier="id-1")
+    sim.stick_summaries(3 * HOUR)
+    sim.advance(1)
+    use(sim, 0, "2")
+    sim.advance(2 * HOUR)
+    form = {"type": "cancel", "event_name": "calls", "cancel[identifier]": "id-1"}
+    http.post(f"{sim.url}/v1/billing/meter_event_adjustments", data=form, headers=AUTHORIZATION)
+    assert shown(sim, 0, HOUR) == [(0, 1)], "neither the event nor the cancellation shows"
+    sim.advance(HOUR)
+    assert shown(sim, 0, HOUR) == [(0, 2)]
+
+
+def test_rule_16_some_events_can_be_stuck_while_others_show() -> None:
+    config = SimulatorConfig(port=0, summary_stuck_chance=0.5, summary_stuck_seconds=4 * HOUR, seed=3)
+    with running_simulator(config) as sim:
+        prepared(sim)
+        for minute in range(20):
+            use(sim, minute * 60, "1")
+        ((_, early),) = shown(sim, 0, DAY)
+        assert 0 < early < 20
+        sim.advance(6 * HOUR)
+        assert shown(sim, 0, DAY) == [(0, 20)]
+
+
+def test_rule_15_a_cancellation_stays_pending_for_its_own_time() -> None:
+    with running_simulator(SimulatorConfig(port=0, adjustment_lag_seconds=600)) as sim:
+        prepared(sim)
+        use(sim, 0, "3", identifier="id-1")
+        client = sdk(sim)
+        client.v1.billing.meter_event_adjustments.create(
+            {"type": "cancel", "event_name": "calls", "cancel": {"identifier": "id-1"}}
+        )
+        assert shown(sim, 0, HOUR) == [(0, 3)]
+        assert sim.stats()["cancellations"] == {"pending": 1, "complete": 0}
+        sim.advance(901)
+        assert shown(sim, 0, HOUR) == []
+        assert sim.stats()["cancellations"] == {"pending": 0, "complete": 1}
+
+
+def test_rule_19_a_pre_aggregated_meter_may_have_days_for_windows(sim: SimulatorControl) -> None:
+    sim.seed(meters=[{"id": "mtr_day", "event_name": "day", "event_time_window": "day"}])
+    for at, value in ((HOUR, "100"), (5 * HOUR, "7"), (HOUR, "40")):
+        use(sim, at, value, event_name="day")
+    assert shown(sim, 0, DAY, meter="day") == [(0, 40)], "the last received, not the latest"

@@ -1,0 +1,53 @@
+"""What happens by itself as the simulator's clock moves: error reports, invoices, webhook tries."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from services.stripe_simulator.clock import Clock
+from services.stripe_simulator.courier import Courier
+from services.stripe_simulator.invoices import Invoices
+from services.stripe_simulator.reports import ErrorReports
+
+log = structlog.get_logger()
+
+TICK_SECONDS = 0.1
+
+
+class Background:
+    def __init__(self, clock: Clock, reports: ErrorReports, invoices: Invoices, courier: Courier) -> None:
+        self._clock = clock
+        self._reports = reports
+        self._invoices = invoices
+        self._courier = courier
+
+    def catch_up(self) -> None:
+        """Write down what is due by now; nothing is sent. Asked for before anything reads events."""
+        now = self._clock.now()
+        self._reports.run_due(now)
+        self._invoices.run_due(now)
+
+    async def deliver_due(self) -> int:
+        """Catch up and try every delivery that is due; returns how many tries that took."""
+        self.catch_up()
+        return await self._courier.deliver_due()
+
+    async def run(self, closing: asyncio.Event) -> None:
+        """Until `closing`; a failure ends it with a log line, for the store refuses everything after one."""
+        try:
+            while not closing.is_set():
+                await self.deliver_due()
+                await _pause(closing)
+        except Exception as error:
+            log.error("simulator_background_failed", error=type(error).__name__, exc_info=True)
+        finally:
+            await self._courier.close()
+
+
+async def _pause(closing: asyncio.Event) -> None:
+    try:
+        await asyncio.wait_for(closing.wait(), TICK_SECONDS)
+    except TimeoutError:
+        return
