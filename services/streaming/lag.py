@@ -57,9 +57,12 @@ def _list_offsets(
         return {}
     try:
         futures = admin.list_offsets(wanted, request_timeout=timeout_s)
-        return {Partition(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()}
+        offsets = {Partition(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()}
     except KafkaException as error:
         raise Transient("Kafka does not answer") from error
+    if min(offsets.values()) < 0:  # librdkafka's answer, without an error, when a broker dies under a question
+        raise Transient("Kafka does not answer")
+    return offsets
 
 
 def behind(ends: Mapping[Partition, int], positions: Mapping[Partition, int]) -> dict[Partition, int]:
