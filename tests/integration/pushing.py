@@ -42,12 +42,14 @@ SENDER_PROGRAM = """
 import asyncio, os, sys
 from services.pusher.sender import Sender, SenderConfig
 from services.pusher.sinks.stripe import StripeSink
+from services.pusher.sinks.stripe_stream import StripeStreamSink
 from services.wire.log import configure_logging
 
 async def main():
     configure_logging("debug", "json")
     timeout = float(os.environ["CALL_TIMEOUT"])
-    sink = StripeSink(os.environ["STRIPE_KEY"], api_base=os.environ["STRIPE_BASE"], timeout_seconds=timeout,
+    kind = {"StripeSink": StripeSink, "StripeStreamSink": StripeStreamSink}[os.environ["SINK"]]
+    sink = kind(os.environ["STRIPE_KEY"], api_base=os.environ["STRIPE_BASE"], timeout_seconds=timeout,
                       connections_max=16)
     config = SenderConfig(rate_per_second=2000, concurrency=16, call_timeout_seconds=timeout)
     sender = Sender(os.environ["DSN"], sink, config)
@@ -205,12 +207,12 @@ class World:
     def billed(self) -> Decimal:
         return Decimal(self.stripe.total())
 
-    def calls(self) -> int:
-        """Requests for meter events so far, whatever their answer."""
+    def requests(self, route: str, *statuses: int) -> int:
+        """Answers of the simulator so far: `POST /v1/billing/meter_events`, with any status or with these."""
         return sum(
             one["count"]
             for one in self.stripe.stats()["requests"]
-            if one["route"] == "/v1/billing/meter_events"
+            if one["route"] == route and (not statuses or one["status"] in statuses)
         )
 
     def deactivate(self, event_name: str) -> None:
@@ -234,10 +236,13 @@ class World:
         policy: Policy | None = None,
         rate: float = 5000,
         timeout: float = 2.0,
+        concurrency: int = 16,
     ) -> AsyncIterator[Sender]:
         wanted = sink or self.sink(timeout=timeout)
         config = SenderConfig(
             rate_per_second=rate,
+            concurrency=concurrency,
+            claims_max=max(200, 2 * concurrency),
             call_timeout_seconds=timeout,
             policy=policy or Policy(backoff_base_seconds=0.05, backoff_cap_seconds=0.2),
         )
@@ -251,7 +256,12 @@ class World:
             await wanted.close()
 
     def spawn(
-        self, *, fault: str | None = None, log: Path | None = None, timeout: float = 2.0
+        self,
+        *,
+        fault: str | None = None,
+        log: Path | None = None,
+        timeout: float = 2.0,
+        sink: str = "StripeSink",
     ) -> subprocess.Popen[str]:
         env = {
             **os.environ,
@@ -260,6 +270,7 @@ class World:
             "STRIPE_BASE": self.stripe.url,
             "STRIPE_KEY": KEY,
             "CALL_TIMEOUT": str(timeout),
+            "SINK": sink,
         }
         if fault is not None:
             env |= {"TIDEMETER_FAULT_POINT": fault, "TIDEMETER_FAULT_LOG": str(log)}
