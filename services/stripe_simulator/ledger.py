@@ -104,15 +104,11 @@ class Ledger:
     # Writing
 
     def append(self, events: Sequence[Applied], origin: Origin) -> None:
-        if not events:
-            return
-        before = int(self._store.read_one("SELECT coalesce(max(sequence), 0) FROM ledger")[0])
         self._store.write_many(
-            "INSERT INTO ledger (sequence, identifier, event_name, meter, customer, value, timestamp,"
-            " received_at, visible_at, idempotency_key, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO ledger (identifier, event_name, meter, customer, value, timestamp, received_at,"
+            " visible_at, idempotency_key, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
-                    sequence,
                     event.identifier,
                     event.event_name,
                     event.meter,
@@ -124,16 +120,23 @@ class Ledger:
                     origin.idempotency_key,
                     origin.request_id,
                 )
-                for sequence, event in enumerate(events, before + 1)
+                for event in events
             ],
         )
-        dimensions = [
-            (sequence, json.dumps(dict(event.dimensions)))
-            for sequence, event in enumerate(events, before + 1)
-            if event.dimensions
-        ]
-        if dimensions:
-            self._store.write_many("INSERT INTO ledger_dimensions VALUES (?, ?)", dimensions)
+        if any(event.dimensions for event in events):
+            self._append_dimensions(events)
+
+    def _append_dimensions(self, events: Sequence[Applied]) -> None:
+        """For the rows just written, which are the last ones."""
+        first = int(self._store.read_one("SELECT max(sequence) FROM ledger")[0]) - len(events) + 1
+        self._store.write_many(
+            "INSERT INTO ledger_dimensions VALUES (?, ?)",
+            [
+                (sequence, json.dumps(dict(event.dimensions)))
+                for sequence, event in enumerate(events, first)
+                if event.dimensions
+            ],
+        )
 
     def report(self, errors: Sequence[AsyncError], origin: Origin) -> None:
         self._store.write_many(
