@@ -6,6 +6,7 @@ import asyncio
 
 import structlog
 
+from services.stripe_simulator.answering import pause
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.courier import Courier
 from services.stripe_simulator.invoices import Invoices
@@ -14,6 +15,7 @@ from services.stripe_simulator.reports import ErrorReports
 log = structlog.get_logger()
 
 TICK_SECONDS = 0.1
+FAILED_SECONDS = 5.0
 
 
 class Background:
@@ -35,19 +37,15 @@ class Background:
         return await self._courier.deliver_due()
 
     async def run(self, closing: asyncio.Event) -> None:
-        """Until `closing`; a failure ends it with a log line, for the store refuses everything after one."""
+        """Until `closing`. A failure is logged and what failed is tried again, more slowly."""
         try:
             while not closing.is_set():
-                await self.deliver_due()
-                await _pause(closing)
-        except Exception as error:
-            log.error("simulator_background_failed", error=type(error).__name__, exc_info=True)
+                seconds = TICK_SECONDS
+                try:
+                    await self.deliver_due()
+                except Exception as error:
+                    log.error("simulator_background_failed", error=type(error).__name__, exc_info=True)
+                    seconds = FAILED_SECONDS
+                await pause(seconds, closing)
         finally:
             await self._courier.close()
-
-
-async def _pause(closing: asyncio.Event) -> None:
-    try:
-        await asyncio.wait_for(closing.wait(), TICK_SECONDS)
-    except TimeoutError:
-        return

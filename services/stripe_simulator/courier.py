@@ -100,5 +100,5 @@ class Courier:
                 destination.url, data=body, headers=headers, allow_redirects=False
             ) as response:
                 return response.status
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, OSError, ValueError):  # ValueError: a host that cannot be resolved
             return NO_ANSWER

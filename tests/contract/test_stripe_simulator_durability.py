@@ -129,6 +129,22 @@ def test_a_second_simulator_on_the_same_file_does_not_start(tmp_path: Path) -> N
     first.close()
 
 
+def test_a_file_of_an_earlier_version_gets_the_columns_it_lacks(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "stripe.db")
+    db.execute(
+        "CREATE TABLE error_reports (sequence INTEGER PRIMARY KEY, code TEXT NOT NULL, message TEXT NOT NULL,"
+        " identifier TEXT NOT NULL, event_name TEXT NOT NULL, customer TEXT, received_at REAL NOT NULL,"
+        " request_id TEXT NOT NULL)"
+    )
+    db.execute("INSERT INTO error_reports VALUES (1, 'no_meter', 'm', 'id', 'calls', NULL, 1.0, 'req_1')")
+    db.commit()
+    db.close()
+    store = Store(tmp_path / "stripe.db")
+    (row,) = store.read_named("SELECT * FROM error_reports")
+    assert (row["identifier"], row["meter"], row["reported"]) == ("id", None, 0)
+    store.close()
+
+
 class FullDisk:
     """A connection whose commits fail."""
 

@@ -255,10 +255,10 @@ def test_rule_12_in_live_mode_meter_events_have_a_limit_of_their_own() -> None:
 def test_rule_11_v1_may_answer_a_second_call_with_409() -> None:
     with running_simulator(SimulatorConfig(port=0, concurrency_refusal_status=409)) as sim:
         sim.seed(customers=["cus_1"], meters=["calls"])
-        sim.play({"fault": "slow", "seconds": 0.5})
+        sim.play({"fault": "slow", "seconds": 1})
         slow = threading.Thread(target=send, args=(sim, "id-1"))
         slow.start()
-        time.sleep(0.2)
+        time.sleep(0.4)
         refused = send(sim, "id-2", "key-2")
         slow.join()
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_concurrent_requests")

@@ -100,10 +100,10 @@ def test_rule_9_v2_may_insist_on_positive_integers_while_v1_takes_decimals() -> 
 def test_rule_11_a_second_call_for_a_customer_and_meter_is_a_409_and_not_stored(
     sim: SimulatorControl,
 ) -> None:
-    sim.play({"fault": "slow", "seconds": 0.5})
+    sim.play({"fault": "slow", "seconds": 1})
     slow = threading.Thread(target=post, args=(sim, event("a"), "key-a"))
     slow.start()
-    time.sleep(0.2)
+    time.sleep(0.4)
     refused = post(sim, event("b"), "key-b")
     slow.join()
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_concurrent_requests")
