@@ -18,7 +18,12 @@ from services.wire.errors import Misconfigured, Transient
 from services.wire.log import configure_logging
 
 #: Name to module; each has ``run``, ``render`` and the ``KEY`` of its result.
-BENCHES = {"counting": "bench.counting", "late": "bench.late_events", "growth": "bench.growth"}
+BENCHES = {
+    "counting": "bench.counting",
+    "late": "bench.late_events",
+    "push": "bench.push",
+    "growth": "bench.growth",
+}
 
 WRONG, MISUSED, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 130
 

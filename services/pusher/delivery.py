@@ -166,7 +166,8 @@ _HOUR = """
             AND state = 'reported'),
         (SELECT count(*) FROM meter_events
          WHERE stripe_customer = %(customer)s AND event_name = %(event_name)s AND hour_start = %(hour)s
-            AND state = 'reported' AND amount = %(amount)s),
+            AND state = 'reported'
+            AND CASE WHEN formula = 'last' THEN amount = %(amount)s ELSE amount * %(amount)s < 0 END),
         (SELECT count(*) FROM meter_events
          WHERE stripe_customer = %(customer)s AND event_name = %(event_name)s AND hour_start = %(hour)s
             AND state IN ('in_flight', 'in_doubt') AND identifier <> %(identifier)s)
@@ -463,10 +464,11 @@ async def resolve(
         )
         row = await cursor.fetchone()
         require(row is not None, "an aggregate without a row")
-        reported, same_reported, others_doubted = row  # type: ignore[misc]
+        reported, mistakable, others_doubted = row  # type: ignore[misc]
         verdict = judge(shown, reported=reported, amount=intent.amount, formula=intent.formula)
-        # Summaries lag: a value that the hour also had earlier proves nothing before it is time to ask.
-        stale = intent.formula is Formula.LAST and claim.action is Action.LOOK and same_reported
+        # Summaries lag. Before it is time to ask they prove nothing of a value that the hour had before,
+        # nor of a change that is undone by others they may not show yet.
+        stale = claim.action is Action.LOOK and mistakable
         if (others_doubted or stale) and verdict is not Verdict.UNREADABLE:
             verdict = Verdict.UNCLEAR
         if verdict is Verdict.APPLIED:

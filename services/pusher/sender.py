@@ -18,7 +18,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -43,7 +43,6 @@ from services.pusher.intents import (
 )
 from services.pusher.pausing import PausedMeters
 from services.pusher.sinks import Sink
-from services.pusher.sinks.stripe_stream import EVENTS_MAX
 from services.streaming.faults import fault_point
 from services.streaming.observe import Status
 from services.wire import metrics
@@ -63,7 +62,8 @@ GRACE_SECONDS = 0.5
 #: Share of one second's calls that may leave at once. The rest of the second is spread evenly.
 BURST_SHARE = 0.05
 SETTLE_RETRY_CAP_SECONDS = 5.0
-CLAIMS_MAX = 200
+#: Claims held at once, however wide the sink is: each is a lock in PostgreSQL.
+LOCKS_MAX = 4000
 COUNTS_EVERY_SECONDS = 5.0
 
 
@@ -74,7 +74,7 @@ class SenderConfig:
     rate_per_second: float = 200.0
     concurrency: int = 16
     call_timeout_seconds: float = 20.0
-    claims_max: int = CLAIMS_MAX
+    claims_max: int = 200
     gather_seconds: float = 0.01
     poll_seconds: float = 0.25
     policy: Policy = field(default_factory=Policy)
@@ -82,12 +82,10 @@ class SenderConfig:
     @classmethod
     def from_settings(cls, settings: Settings) -> SenderConfig:
         """The operator's limits, and defaults for the rest."""
-        at_once = settings.stripe_concurrency * (EVENTS_MAX if settings.streams else 1)
         return cls(
             rate_per_second=settings.stripe_rate_per_second,
-            concurrency=at_once,
+            concurrency=settings.stripe_concurrency,
             call_timeout_seconds=settings.stripe_timeout_seconds,
-            claims_max=max(CLAIMS_MAX, 2 * at_once),
         )
 
     @property
@@ -95,10 +93,10 @@ class SenderConfig:
         """After this no call of a claim can be under way any more."""
         return timedelta(seconds=FRESH_SECONDS + self.call_timeout_seconds + 2 * GRACE_SECONDS)
 
-    @property
-    def room(self) -> int:
+    def room(self, batch_max: int) -> int:
         """Claims held at once: about one second of calls, so that none waits long in flight."""
-        return max(1, min(self.claims_max, max(self.concurrency, math.ceil(self.rate_per_second))))
+        in_calls = 2 * self.concurrency * batch_max
+        return max(1, min(LOCKS_MAX, max(self.claims_max, in_calls), math.ceil(self.rate_per_second)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +160,9 @@ class Sender:
         self._chance = chance
         self._on_outbox = on_outbox
         self._limiter = limiter_for(self.config.rate_per_second)
+        self._gate = asyncio.Lock()
+        self._room_max = self.config.room(sink.batch_max)
+        self._batch_max = max(1, min(sink.batch_max, int(self.config.rate_per_second)))  # a second's calls
         self._brake = Brake()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -319,7 +320,7 @@ class Sender:
         """How many claims to add. Small gaps are not filled: a round costs four round trips."""
         if self._brake.seconds_left(time.monotonic()) > 0:
             return 0
-        limit = 1 if self._brake.probing else self.config.room
+        limit = 1 if self._brake.probing else self._room_max
         room = limit - len(self._busy)
         return room if room >= limit / 4 or self._claims.empty() else 0
 
@@ -342,38 +343,73 @@ class Sender:
     # -- Calling -------------------------------------------------------------------------------------
 
     async def _call_loop(self) -> None:
-        while (held := await self._claims.get()) is not None:
-            outcome = self._obstacle(held)
-            if outcome is None:
-                await self._limiter.acquire()
-                outcome = self._obstacle(held) or await self._call(held.claim)
-            self._results.put_nowait((held, outcome))
+        while (first := await self._claims.get()) is not None:
+            ready = await self._admitted(self._with_more(first))
+            questions = [held for held in ready if held.claim.action is not Action.SEND]
+            calls = [held for held in ready if held.claim.action is Action.SEND]
+            await asyncio.gather(*map(self._ask, questions), self._call(calls))
 
-    def _obstacle(self, held: _Held) -> _Outcome:
-        """Why this claim must not be acted on any more, as a code."""
+    def _with_more(self, first: _Held) -> list[_Held]:
+        """What waits already and fits into one call."""
+        batch = [first]
+        while len(batch) < self._batch_max and not self._claims.empty():
+            more = self._claims.get_nowait()
+            if more is None:
+                self._claims.put_nowait(None)
+                break
+            batch.append(more)
+        return batch
+
+    async def _admitted(self, batch: Sequence[_Held]) -> list[_Held]:
+        """Of ``batch``, what the rate lets out and nothing stands in the way of; the rest is given back."""
+        async with self._gate:  # batch by batch, or all of them would wait until the last is full
+            for held in batch:
+                if self._obstacle(held) is None:
+                    await self._limiter.acquire()
+        ready = []
+        for held in batch:
+            obstacle = self._obstacle(held)
+            if obstacle is None:
+                ready.append(held)
+            else:
+                self._results.put_nowait((held, obstacle))
+        return ready
+
+    def _obstacle(self, held: _Held) -> str | None:
+        """Why this claim must not be acted on any more, as a code.
+
+        By both clocks: the monotonic one stands still while a machine is suspended, and the other one is set.
+        """
         if self._stopping.is_set():
             return "stopping"
-        if held.session_number != self._session_number or time.monotonic() - held.taken_at > FRESH_SECONDS:
+        waited = abs((self._clock() - held.claim.claimed_at).total_seconds())
+        waited = max(waited, time.monotonic() - held.taken_at)
+        if held.session_number != self._session_number or waited > FRESH_SECONDS:
             return "stale_claim"
         return "paused" if self._brake.seconds_left(time.monotonic()) > 0 else None
 
-    async def _call(self, claim: Claim) -> _Outcome:
-        if claim.action is not Action.SEND:
-            return await self._sink.shown(claim.intent)
+    async def _ask(self, held: _Held) -> None:
+        self._results.put_nowait((held, await self._sink.shown(held.claim.intent)))
+
+    async def _call(self, batch: Sequence[_Held]) -> None:
+        if not batch:
+            return
         started = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.call_timeout_seconds + GRACE_SECONDS):
-                answer = await self._sink.send(claim.intent, claim.idempotency_key)
+                answers = await self._sink.send([held.claim for held in batch])
         except Exception as error:
             log.warning("sink raised", error=error)
-            answer = Answer(Meaning.UNKNOWN, type(error).__name__)
+            answers = [Answer(Meaning.UNKNOWN, type(error).__name__)] * len(batch)
         fault_point("pusher.answered")
         metrics.STRIPE_SECONDS.observe(time.perf_counter() - started)
-        metrics.STRIPE_CALLS.labels(answer.meaning).inc()
-        self._brake.note(answer.meaning, now=time.monotonic(), chance=self._chance())
-        if answer.meaning not in (Meaning.REFUSED, Meaning.METER_AWAY):
-            self._sink_reachable = answer.http_status is not None
-        return answer
+        for answer in set(answers):
+            metrics.STRIPE_CALLS.labels(answer.meaning).inc()
+            self._brake.note(answer.meaning, now=time.monotonic(), chance=self._chance())
+            if answer.meaning not in (Meaning.REFUSED, Meaning.METER_AWAY):
+                self._sink_reachable = answer.http_status is not None
+        for held, answer in zip(batch, answers, strict=True):
+            self._results.put_nowait((held, answer))
 
     # -- Settling ------------------------------------------------------------------------------------
 
@@ -383,7 +419,7 @@ class Sender:
             while (first := await self._results.get()) is not None:
                 await asyncio.sleep(self.config.gather_seconds)
                 batch = [first]
-                while len(batch) < self.config.claims_max and not self._results.empty():
+                while len(batch) < self._room_max and not self._results.empty():
                     more = self._results.get_nowait()
                     if more is None:
                         self._results.put_nowait(None)

@@ -57,10 +57,13 @@ def _list_offsets(
         return {}
     try:
         futures = admin.list_offsets(wanted, request_timeout=timeout_s)
-        offsets = {Partition(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()}
+        offsets = {
+            Partition(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()
+        }
     except KafkaException as error:
         raise Transient("Kafka does not answer") from error
-    if min(offsets.values()) < 0:  # librdkafka's answer, without an error, when a broker dies under a question
+    # When a broker dies under a question, librdkafka answers with less than 0 and without an error.
+    if min(offsets.values()) < 0:
         raise Transient("Kafka does not answer")
     return offsets
 

@@ -242,7 +242,6 @@ class World:
         config = SenderConfig(
             rate_per_second=rate,
             concurrency=concurrency,
-            claims_max=max(200, 2 * concurrency),
             call_timeout_seconds=timeout,
             policy=policy or Policy(backoff_base_seconds=0.05, backoff_cap_seconds=0.2),
         )

@@ -13,7 +13,7 @@ import json
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +29,7 @@ from services.pusher import delivery, journal
 from services.pusher.agent import Intents
 from services.pusher.intents import (
     Answer,
+    Claim,
     Formula,
     Intent,
     Meaning,
@@ -37,10 +38,11 @@ from services.pusher.intents import (
     settlement_of,
 )
 from services.pusher.sender import Sender, SenderConfig
-from services.pusher.sinks import Sink
+from services.pusher.sinks import Call, Sink
 from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.webhook import WebhookSink
 from services.streaming.chunks import Chunk, Partition
+from services.stripe_simulator import SimulatorConfig
 from services.wire.codec import Decoder, Encoder, Record
 from services.wire.errors import Broken, Misconfigured
 from services.wire.records import ops_event
@@ -392,10 +394,10 @@ def test_a_key_that_is_not_accepted_pauses_everything_and_fails_nothing(world: W
         good: Sink = world.sink()
         repaired = False
 
-        async def send(self, intent: Intent, idempotency_key: str) -> Answer:
+        async def send(self, calls: Sequence[Call]) -> list[Answer]:
             if self.repaired:
-                return await self.good.send(intent, idempotency_key)
-            return await super().send(intent, idempotency_key)
+                return list(await self.good.send(calls))
+            return await super().send(calls)
 
     async def scenario() -> None:
         sink = Rotating("not-a-key", api_base=world.stripe.url, timeout_seconds=2, connections_max=4)
@@ -629,7 +631,7 @@ def test_a_total_that_fits_neither_case_stays_in_doubt_with_one_ops_event(world:
             {**one, "identifier": "foreign", "amount": (2 * 10**9).to_bytes(16, "big")}
         )
         sink = world.sink()
-        await sink.send(foreign, foreign.identifier)
+        await sink.send([SimpleNamespace(intent=foreign, idempotency_key=foreign.identifier)])
         await sink.close()
 
     async def scenario() -> None:
@@ -855,8 +857,8 @@ def test_a_young_doubt_about_a_value_the_hour_had_before_waits_for_the_day(world
     class Lagging(StripeSink):
         """Shows the first value for ever, and cannot send."""
 
-        async def send(self, intent: Intent, idempotency_key: str) -> Answer:
-            return Answer(Meaning.UNKNOWN, "silence")
+        async def send(self, calls: Sequence[Call]) -> list[Answer]:
+            return [Answer(Meaning.UNKNOWN, "silence") for _ in calls]
 
         async def shown(self, intent: Intent) -> Shown | None:
             looked.append(intent.formula)
@@ -1100,6 +1102,72 @@ def test_a_bucket_that_moves_during_a_call_is_settled_where_it_is_then(world: Wo
     asyncio.run(scenario())
     assert world.states() == {"reported": 1}
     assert world.open_buckets() == 0
+
+
+# -- What a long campaign found ----------------------------------------------------------------------
+
+
+def test_bodies_that_stall_take_no_connection_for_ever(world: World) -> None:
+    """Stripe's library leaves them open; five of them once used up a pool of four for good."""
+    stalled = {"fault": "stall_body", "seconds": 60, "match": {"path": "*/meter_events"}, "times": 7}
+    world.stripe.play(stalled)
+    world.close(*(delta(f"cus_{n}") for n in range(40)))
+    sink = StripeSink(KEY, api_base=world.stripe.url, timeout_seconds=0.3, connections_max=4)
+
+    async def scenario() -> None:
+        async with world.sending(sink, timeout=0.3):
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 40}
+    assert world.billed() == 40
+
+
+def test_a_claim_that_slept_through_a_day_is_not_sent_as_it_was_decided(world: World) -> None:
+    """Monotonic clocks stand still while a machine is suspended; identifiers and deadlines do not."""
+    late: list[float] = []
+
+    class Watching(StripeSink):
+        async def send(self, calls: Sequence[Call]) -> list[Answer]:
+            assert all(isinstance(call, Claim) for call in calls)
+            late.extend((world.now() - call.claimed_at).total_seconds() for call in calls)  # type: ignore[attr-defined]
+            return await super().send(calls)
+
+    world.close(*(delta(f"cus_{n}") for n in range(12)))
+
+    async def scenario() -> None:
+        sink = Watching(KEY, api_base=world.stripe.url, timeout_seconds=2, connections_max=4)
+        async with world.sending(sink, rate=4):
+            await until(lambda: world.states().get("reported") == 3)
+            world.advance(timedelta(hours=25))
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert len(late) >= 12
+    assert max(late) < 6
+    assert world.billed() == 12
+
+
+def test_a_correction_is_not_taken_for_applied_by_a_total_that_shows_nothing_yet(
+    postgres_dsn: str,
+) -> None:
+    """5 is reported, -5 is lost, and the summary shows neither: 0, which is what it would show with both."""
+    config = SimulatorConfig(port=0, rate_per_second=100_000, summary_lag_seconds=2000)
+    with open_world(postgres_dsn, config) as world:
+
+        async def scenario() -> None:
+            async with world.sending():
+                await until(lambda: settled(world))
+
+        world.close(delta(amount="5"))
+        asyncio.run(scenario())
+        world.advance(timedelta(seconds=30))
+        in_doubt_by(world, {"fault": "reset_before_apply"}, delta(amount="-5", sequence=2))
+        world.sql("UPDATE meter_events SET attempts = 4 WHERE state = 'in_doubt'")  # its turn to look
+        world.advance(timedelta(minutes=11))
+        asyncio.run(scenario())
+        assert world.billed() == world.reported() == 0
+        assert world.stripe.stats()["ledger_rows"] == 2
 
 
 # -- Another sink, and logs --------------------------------------------------------------------------

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from services.pusher.agent import sink_of
 from services.pusher.intents import Policy
 from services.pusher.sender import SenderConfig
-from services.pusher.sinks.stripe_stream import EVENTS_MAX, StripeStreamSink
+from services.pusher.sinks.stripe import StripeSink
+from services.pusher.sinks.stripe_stream import StripeStreamSink
+from services.pusher.sinks.webhook import WebhookSink
+from services.wire.errors import Misconfigured
 from services.wire.settings import load_settings
 from tests.integration.pushing import (
     GAUGE,
@@ -46,7 +50,7 @@ def stream(world: World, key: str = KEY, timeout: float = 2.0) -> StripeStreamSi
 
 def push(world: World, timeout: float = 2.0) -> None:
     async def scenario() -> None:
-        async with world.sending(stream(world, timeout=timeout), concurrency=400, timeout=timeout):
+        async with world.sending(stream(world, timeout=timeout), timeout=timeout):
             await until(lambda: settled(world))
 
     asyncio.run(scenario())
@@ -172,9 +176,37 @@ def test_a_sender_killed_at_any_step_bills_once(world: World, tmp_path: Path, po
     assert world.billed() == 80
 
 
-def test_the_setting_chooses_the_stream_and_widens_the_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_rate_sends_small_batches_in_time(world: World) -> None:
+    """A hundred in one call would wait longer than a claim may."""
+    world.close(*(delta(f"cus_{n}") for n in range(24)))
+
+    async def scenario() -> None:
+        async with world.sending(stream(world), rate=4):
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 24}
+    assert world.requests(STREAM) >= 6
+
+
+def test_the_setting_chooses_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEMETER_STRIPE_API_KEY", KEY)
+    assert type(sink_of(load_settings())) is StripeSink
     monkeypatch.setenv("TIDEMETER_STRIPE_MODE", "stream")
-    monkeypatch.setenv("TIDEMETER_STRIPE_CONCURRENCY", "4")
-    config = SenderConfig.from_settings(load_settings())
-    assert config.concurrency == 4 * EVENTS_MAX
-    assert config.claims_max >= config.concurrency
+    assert type(sink_of(load_settings())) is StripeStreamSink
+    monkeypatch.setenv("TIDEMETER_SINK", "webhook")
+    with pytest.raises(Misconfigured, match="TIDEMETER_SINK_WEBHOOK_URL"):
+        sink_of(load_settings())
+    monkeypatch.setenv("TIDEMETER_SINK_WEBHOOK_URL", "http://127.0.0.1:1/usage")
+    monkeypatch.setenv("TIDEMETER_SINK_WEBHOOK_SECRET", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    assert type(sink_of(load_settings())) is WebhookSink
+
+
+@pytest.mark.parametrize(
+    ("rate", "concurrency", "batch_max", "room"),
+    [(0.5, 16, 1, 1), (200, 16, 1, 200), (950, 32, 1, 200), (200, 16, 100, 200), (9_500, 16, 100, 3200)],
+)
+def test_no_more_is_claimed_than_a_second_or_two_can_send(
+    rate: float, concurrency: int, batch_max: int, room: int
+) -> None:
+    assert SenderConfig(rate_per_second=rate, concurrency=concurrency).room(batch_max) == room

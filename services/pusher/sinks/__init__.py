@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from services.pusher.intents import Answer, Intent, Shown
 
 
+class Call(Protocol):
+    """An intent to send, and the key of its request; a batch has a key of its own, made of theirs."""
+
+    @property
+    def intent(self) -> Intent:
+        """What is sent."""
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every call that an earlier one may have had its effect under."""
+
+
 class Sink(Protocol):
     """A billing system that takes amounts under an identifier: signed changes, or values (``Formula``)."""
 
-    async def send(self, intent: Intent, idempotency_key: str) -> Answer:
-        """Make one call, without retries of its own, and say what it meant.
+    #: Intents that one call can carry, at most.
+    batch_max: int
+
+    async def send(self, calls: Sequence[Call]) -> Sequence[Answer]:
+        """Make one call for up to ``batch_max`` intents, without retries of its own, and say for each in turn
+        what it meant. No two of them are of one customer and event name.
 
         Never raises for anything the outside does: whatever is not proof is ``Meaning.UNKNOWN``.
         """

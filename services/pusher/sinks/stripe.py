@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from services.pusher.intents import (
     Shown,
     plain_decimal,
 )
+from services.pusher.sinks import Call
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -43,6 +45,8 @@ _NEVER_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError
 
 class StripeSink:
     """One Stripe account. Must be used from one event loop."""
+
+    batch_max = 1
 
     def __init__(
         self,
@@ -81,8 +85,11 @@ class StripeSink:
             connections_max=settings.stripe_concurrency,
         )
 
-    async def send(self, intent: Intent, idempotency_key: str) -> Answer:
-        """One POST /v1/billing/meter_events under the intent's identifier."""
+    async def send(self, calls: Sequence[Call]) -> list[Answer]:
+        """POST /v1/billing/meter_events under each intent's identifier."""
+        return [await self._send(call.intent, call.idempotency_key) for call in calls]
+
+    async def _send(self, intent: Intent, idempotency_key: str) -> Answer:
         if (refused := refusal_before_call(intent)) is not None:
             return refused
         try:
@@ -159,7 +166,7 @@ class StripeSink:
                 self._key,
                 base_addresses=self._bases,  # type: ignore[arg-type]
                 max_network_retries=0,
-                http_client=stripe.AIOHTTPClient(timeout=limits, session=self._http),
+                http_client=_ClosingClient(self._http),
             )
         return self._client
 
@@ -182,6 +189,25 @@ class StripeSink:
             ):
                 self._meter_ids[event_name, formula] = chosen.id
         return self._meter_ids.get((event_name, formula))
+
+
+class _ClosingClient(stripe.AIOHTTPClient):
+    """The library's client leaves a response open whose body it could not read. Its connection is then taken
+    for ever, and after as many as the pool holds nothing can be sent any more (stripe-python 16.1)."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        super().__init__(session=session)
+        self._http = session
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: Any = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        try:
+            response = await self._http.request(method, url, headers=headers, data=post_data)
+        except Exception as error:
+            raise stripe.APIConnectionError(type(error).__name__) from error  # type: ignore[no-untyped-call]
+        async with response:
+            return await response.read(), response.status, response.headers
 
 
 def refusal_before_call(intent: Intent) -> Answer | None:

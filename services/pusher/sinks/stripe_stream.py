@@ -18,24 +18,16 @@ from hashlib import blake2b
 import stripe
 import structlog
 
-from services.pusher.intents import Answer, Intent, Meaning
+from services.pusher.intents import Answer, Meaning
+from services.pusher.sinks import Call
 from services.pusher.sinks.stripe import StripeSink, answer_of, event_fields, refusal_before_call
 
 log = structlog.get_logger(__name__)
 
 #: Events in one request, at most, by Stripe's rule.
 EVENTS_MAX = 100
-#: How long the first event of a request waits for others, seconds.
-GATHER_SECONDS = 0.005
 #: A session lives 15 minutes; a new one is made this long before its end.
 RENEW_BEFORE = timedelta(minutes=1)
-
-
-@dataclass(slots=True)
-class _Waiting:
-    intent: Intent
-    idempotency_key: str
-    answer: asyncio.Future[Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,97 +37,48 @@ class _Session:
 
 
 class StripeStreamSink(StripeSink):
-    """One Stripe account, by its event stream. Must be used from one event loop.
+    """One Stripe account, by its event stream. Must be used from one event loop."""
 
-    :meth:`send` takes one intent, as any sink; those that are sent at about the same time share a request.
-    """
+    batch_max = EVENTS_MAX
+    _session: _Session | None = None
+    _renewing: asyncio.Lock | None = None
 
-    def __init__(
-        self,
-        api_key: str,
-        *,
-        api_base: str | None,
-        stream_base: str | None = None,
-        timeout_seconds: float,
-        connections_max: int,
-    ) -> None:
-        super().__init__(
-            api_key,
-            api_base=api_base,
-            stream_base=stream_base,
-            timeout_seconds=timeout_seconds,
-            connections_max=connections_max,
+    async def send(self, calls: Sequence[Call]) -> list[Answer]:
+        """One POST /v2/billing/meter_event_stream, and one v1 call for each that v2 does not take."""
+        answers: dict[int, Answer] = {}
+        batch: list[int] = []
+        alone: list[int] = []
+        for number, call in enumerate(calls):
+            if (refused := refusal_before_call(call.intent)) is not None:
+                answers[number] = refused
+            else:
+                (batch if call.intent.amount > 0 else alone).append(number)
+        if batch:
+            answer = await self._post([calls[number] for number in batch])
+            if answer.meaning is Meaning.REFUSED and len(batch) > 1:
+                alone += batch  # one spoiled the request, which had no effect; by v1 each learns its own fate
+            else:
+                answers |= dict.fromkeys(batch, answer)
+        found = await asyncio.gather(
+            *(self._send(calls[number].intent, calls[number].idempotency_key) for number in alone)
         )
-        self._requests = asyncio.Semaphore(connections_max)
-        self._waiting: list[_Waiting] = []
-        self._gathering: asyncio.Task[None] | None = None
-        self._flushes: set[asyncio.Task[None]] = set()
-        self._session: _Session | None = None
-        self._renewing = asyncio.Lock()
-
-    async def send(self, intent: Intent, idempotency_key: str) -> Answer:
-        """Its share of one POST /v2/billing/meter_event_stream."""
-        if intent.amount <= 0:
-            return await super().send(intent, idempotency_key)
-        if (refused := refusal_before_call(intent)) is not None:
-            return refused
-        waiting = _Waiting(intent, idempotency_key, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        if len(self._waiting) >= EVENTS_MAX:
-            self._flush()
-        elif self._gathering is None:
-            self._gathering = asyncio.create_task(self._gather())
-        return await waiting.answer
+        answers |= dict(zip(alone, found, strict=True))
+        return [answers[number] for number in range(len(calls))]
 
     async def close(self) -> None:
-        """Close the connections. What was handed over and not sent yet is never sent."""
-        tasks = [*self._flushes, *([self._gathering] if self._gathering else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Close the connections and forget the session."""
         self._session = None
         await super().close()
 
-    async def _gather(self) -> None:
-        await asyncio.sleep(GATHER_SECONDS)
-        self._gathering = None
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._gathering is not None:
-            self._gathering.cancel()
-            self._gathering = None
-        batch, self._waiting = self._waiting, []
-        task = asyncio.create_task(self._send_batch(batch))
-        self._flushes.add(task)
-        task.add_done_callback(self._flushes.discard)
-
-    async def _send_batch(self, batch: Sequence[_Waiting]) -> None:
-        async with self._requests:
-            batch = [one for one in batch if not one.answer.done()]  # nobody waits for the others any more
-            if not batch:
-                return
-            answer = await self._post(batch)
-        if answer.meaning is Meaning.REFUSED and len(batch) > 1:
-            # One of them spoils the request, which had no effect. Alone, by v1, each learns its own fate.
-            await asyncio.gather(*(self._send_alone(one) for one in batch))
-            return
-        for one in batch:
-            if not one.answer.done():
-                one.answer.set_result(answer)
-
-    async def _send_alone(self, one: _Waiting) -> None:
-        answer = await super().send(one.intent, one.idempotency_key)
-        if not one.answer.done():
-            one.answer.set_result(answer)
-
-    async def _post(self, batch: Sequence[_Waiting]) -> Answer:
+    async def _post(self, batch: Sequence[Call]) -> Answer:
         """One request, and a second one with a new session if the first one's had ended; what it meant."""
-        keys = "\x00".join(sorted(one.idempotency_key for one in batch))
+        keys = "\x00".join(sorted(call.idempotency_key for call in batch))
         batch_key = blake2b(keys.encode(), digest_size=20).hexdigest()
-        events = [event_fields(one.intent) for one in batch]
-        for event, one in zip(events, batch, strict=True):
-            event["timestamp"] = one.intent.event_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        events = [
+            event_fields(call.intent)
+            | {"timestamp": call.intent.event_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+            for call in batch
+        ]
         for _ in range(2):
             session = await self._authenticated()
             if isinstance(session, Answer):
@@ -163,9 +106,9 @@ class StripeStreamSink(StripeSink):
 
     async def _authenticated(self) -> _Session | Answer:
         """A session that has time left, or why there is none. Nothing of an event has left then."""
+        self._renewing = self._renewing or asyncio.Lock()
         async with self._renewing:
-            soon = datetime.now(UTC) + RENEW_BEFORE
-            if self._session is not None and self._session.ends_at > soon:
+            if self._session is not None and self._session.ends_at > datetime.now(UTC) + RENEW_BEFORE:
                 return self._session
             try:
                 async with asyncio.timeout(self._timeout_seconds):

@@ -13,11 +13,12 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import aiohttp
 
 from services.pusher.intents import Answer, Intent, Meaning, Shown, plain_decimal
+from services.pusher.sinks import Call
 from services.wire.errors import Misconfigured
 
 SECRET_PREFIX = "whsec_"  # noqa: S105  a mark of the format
@@ -36,6 +37,8 @@ _MEANINGS = {
 class WebhookSink:
     """POSTs one signed JSON object for each intent. Redirects are not followed."""
 
+    batch_max = 1
+
     def __init__(
         self, url: str, *, secret: str, timeout_seconds: float, clock: Callable[[], float] = time.time
     ) -> None:
@@ -45,8 +48,11 @@ class WebhookSink:
         self._clock = clock
         self._http: aiohttp.ClientSession | None = None
 
-    async def send(self, intent: Intent, idempotency_key: str) -> Answer:
+    async def send(self, calls: Sequence[Call]) -> list[Answer]:
         """One POST; any 2xx is an acknowledgement."""
+        return [await self._send(call.intent, call.idempotency_key) for call in calls]
+
+    async def _send(self, intent: Intent, idempotency_key: str) -> Answer:
         if self._http is None:
             self._http = aiohttp.ClientSession(timeout=self._timeout, cookie_jar=aiohttp.DummyCookieJar())
         body = json.dumps(
