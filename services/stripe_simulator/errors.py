@@ -13,12 +13,12 @@ ApiError                 an answer with a status; stored for its Idempotency-Key
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 Json = dict[str, Any]
-_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Answer:
 
     @classmethod
     def of(cls, body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-        return cls(status, _compact(body).encode(), headers or {})
+        return cls(status, msgspec.json.encode(body), headers or {})
 
 
 class ApiError(Exception):
