@@ -12,7 +12,9 @@ medians over the rounds.
 
 ``count_seconds`` and ``close_seconds`` are the same work without Kafka and without waiting: the worker's
 chunk handler on chunks of the worker's size, then its closing until nothing is left to close, one after the
-other in this process.
+other in this process. ``count_cpu_seconds`` and ``close_cpu_seconds`` are what they took of the processor,
+PostgreSQL not included, and ``worker_cpu_seconds`` what the real worker took in
+``from_first_record_seconds``: where other work shares the machine, these still compare.
 
 ``checked`` compares every bucket, its number of late events and the sum of its deltas with plain sums.
 """
@@ -29,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import psycopg
 from confluent_kafka import KafkaError, Producer
 from rich.table import Column, Table
@@ -143,6 +146,7 @@ class Round:
     seconds: float
     from_first_record_seconds: float
     produce_seconds: float
+    worker_cpu_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,8 @@ class Component:
 
     count_seconds: float
     close_seconds: float
+    count_cpu_seconds: float
+    close_cpu_seconds: float
 
 
 def run(
@@ -179,8 +185,11 @@ def run(
         "from_first_record_seconds": round(
             statistics.median(one.from_first_record_seconds for one in real), 3
         ),
-        "count_seconds": round(statistics.median(one.count_seconds for one in parts), 3),
-        "close_seconds": round(statistics.median(one.close_seconds for one in parts), 3),
+        "worker_cpu_seconds": round(statistics.median(one.worker_cpu_seconds for one in real), 3),
+        **{
+            name: round(statistics.median(getattr(one, name) for one in parts), 3)
+            for name in ("count_seconds", "close_seconds", "count_cpu_seconds", "close_cpu_seconds")
+        },
         "items": whole.items,
         "events": events,
         "deltas": events,
@@ -220,10 +229,15 @@ def _on_the_real_thing(
             late = source.late(number)
             deltas = AwaitedDeltas(db, [record.place for record in late], sequence=2)
             time.sleep(chance.uniform(0, load_settings().delta_interval_seconds))
-            began_s = time.monotonic()
+            began_s, spent_s = time.monotonic(), _processor_time(counters)
             acknowledged_s = _send(producer, topic, late)
             ended_s = deltas.wait(counters, poll_s=POLL_SECONDS)
-            one = Round(ended_s - acknowledged_s, ended_s - began_s, acknowledged_s - began_s)
+            one = Round(
+                ended_s - acknowledged_s,
+                ended_s - began_s,
+                acknowledged_s - began_s,
+                _processor_time(counters) - spent_s,
+            )
             done.append(one)
             say(f"round {number + 1}: {len(late):,} late events, {one.seconds:.3f} s")
         return done, _is_exact(db, source.truth)
@@ -260,6 +274,11 @@ def _send(producer: Producer, topic: str, records: Sequence[Record]) -> float:
     return acknowledged_s
 
 
+def _processor_time(counters: Contestant) -> float:
+    times = psutil.Process(counters.pid).cpu_times()
+    return float(times.user + times.system)
+
+
 def _await_relayed(counters: Contestant, db: Connection) -> None:
     """Until the worker has sent what it closed to Kafka, and has nothing left to do."""
     progress = Progress(counters, 0, "outbox rows")
@@ -288,11 +307,18 @@ def _in_this_process(
                 _close(db)
                 _settle(db)
                 late = source.late(number)
-                began_s = time.monotonic()
+                times = [(time.monotonic(), time.process_time())]
                 _count(counters, db, late)
-                counted_s = time.monotonic()
+                times.append((time.monotonic(), time.process_time()))
                 _close(db)
-                one = Component(counted_s - began_s, time.monotonic() - counted_s)
+                times.append((time.monotonic(), time.process_time()))
+                (began_s, began_cpu_s), (counted_s, counted_cpu_s), (closed_s, closed_cpu_s) = times
+                one = Component(
+                    counted_s - began_s,
+                    closed_s - counted_s,
+                    counted_cpu_s - began_cpu_s,
+                    closed_cpu_s - counted_cpu_s,
+                )
                 done.append(one)
                 say(
                     f"round {number + 1}, in this process: counted in {one.count_seconds:.3f} s, "

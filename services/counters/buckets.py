@@ -71,14 +71,15 @@ def _read_items(db: Connection, by_id: dict[bytes, Item]) -> list[bytes]:
     return list(by_id.keys() - {bytes(row[0]) for row in rows})
 
 
-def write(db: Connection, items: Iterable[Item], arrivals_us: tuple[int, int]) -> None:
+def write(db: Connection, items: Iterable[Item], arrivals_us: tuple[int, int]) -> set[bytes]:
     """Merge the buckets of ``items``, which must be locked, and mark them for closing.
 
+    Returns the items with a *revised* hour: one that is over and whose delta is settled got a late event.
     ``arrivals_us``: when the first and the last of these events arrived.
     """
     changed = sorted((item for item in items if item.buckets), key=_item_id)
     if not changed:
-        return
+        return set()
     distinct = [item for item in changed if item.meter.aggregation == "unique"]
     if distinct:
         _count_distinct(db, distinct)
@@ -92,12 +93,26 @@ def write(db: Connection, items: Iterable[Item], arrivals_us: tuple[int, int]) -
                 timestamp_array([min(hour for hour, _ in item.buckets) for item in changed]),
             ),
         )
+        late = {
+            (item.item_id, *place)
+            for item in changed
+            if item.account.late_counted
+            for place, bucket in item.buckets.items()
+            if bucket.late and place[0] + HOUR_US <= item.watermark
+        }
         rows: dict[str, list[tuple[bytes, int, int, Bucket]]] = defaultdict(list)
         for item in changed:
             kept = rows[_KINDS.get(item.meter.aggregation, "sum")]
             kept.extend((item.item_id, *place, bucket) for place, bucket in item.buckets.items())
-        for kind, ours in rows.items():
-            _merge(db, kind, ours, arrivals_us)
+        merged = [_merge(db, kind, ours, arrivals_us, asked=bool(late)) for kind, ours in rows.items()]
+    if not late:
+        return set()
+    return {
+        bytes(item_id)
+        for cursor in merged
+        for item_id, hour, period, is_settled in cursor.fetchall()
+        if is_settled and (bytes(item_id), timestamp_of(hour), timestamp_of(period)) in late
+    }
 
 
 #: Aggregations whose hours do not simply add up.
@@ -114,13 +129,26 @@ _MERGE: dict[str, LiteralString] = {
 }
 
 
+#: Asked for only when there are late events: most chunks have none.
+_SETTLED: LiteralString = (
+    " RETURNING uuid_send(b.item_id), timestamptz_send(b.hour_start), timestamptz_send(b.period_start), "
+    "b.sequence > 0 AND NOT b.open"
+)
+
+
 def _merge(
-    db: Connection, kind: str, rows: Sequence[tuple[bytes, int, int, Bucket]], arrivals_us: tuple[int, int]
-) -> None:
+    db: Connection,
+    kind: str,
+    rows: Sequence[tuple[bytes, int, int, Bucket]],
+    arrivals_us: tuple[int, int],
+    *,
+    asked: bool,
+) -> psycopg.Cursor[Any]:
+    """Merge the rows; with ``asked``, the cursor tells for each whether it had a delta that is settled."""
     buckets = [row[3] for row in rows]
     is_last = kind == "last"
     keys = ([bucket.key for bucket in buckets],) if is_last else ()
-    db.execute(
+    return db.execute(
         "INSERT INTO buckets AS b (item_id, hour_start, period_start, total, events, late_events, "  # noqa: S608
         "first_event, last_event, first_arrival, last_arrival, closed"
         + (", last_key" if is_last else "")
@@ -134,7 +162,7 @@ def _merge(
         "first_event = least(b.first_event, excluded.first_event), "
         "last_event = greatest(b.last_event, excluded.last_event), "
         "first_arrival = least(b.first_arrival, excluded.first_arrival), "
-        "last_arrival = greatest(b.last_arrival, excluded.last_arrival)",
+        "last_arrival = greatest(b.last_arrival, excluded.last_arrival)" + (_SETTLED if asked else ""),
         (
             timestamp_array(arrivals_us[:1]),
             timestamp_array(arrivals_us[1:]),
@@ -148,6 +176,7 @@ def _merge(
             timestamp_array([bucket.last_us for bucket in buckets]),
             *keys,
         ),
+        binary=True,
     )
 
 

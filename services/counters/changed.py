@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, LiteralString
@@ -80,7 +80,7 @@ Periods = dict[tuple[bytes, int], ChangedPeriod]
 
 
 #: A customer without a mapping is its own Stripe customer when its reference is a Stripe id.
-_DIRTY_ITEMS: LiteralString = """
+_DIRTY: LiteralString = """
 SELECT uuid_send(i.item_id), i.tenant_id, i.customer_ref, i.meter, m.aggregation, m.scale, m.allow_negative,
        m.event_name, m.customer_payload_key, m.value_payload_key, coalesce(c.stripe_customer, i.customer_ref),
        m.dimensions, i.dimensions, i.calendar, timestamptz_send(i.dirty_from)
@@ -89,12 +89,18 @@ JOIN meters m USING (tenant_id, meter)
 LEFT JOIN customers c USING (tenant_id, customer_ref)
 WHERE i.dirty_from IS NOT NULL
   AND (c.stripe_customer IS NOT NULL OR i.customer_ref ~ '^cus_[A-Za-z0-9_]+$')
+"""
+_CLOSABLE: LiteralString = """
   AND coalesce((SELECT bool_or(NOT b.open) FROM buckets b WHERE b.item_id = i.item_id
                 AND b.hour_start >= i.dirty_from AND b.closed IS DISTINCT FROM b.total), true)
 LIMIT %s
-FOR UPDATE OF i SKIP LOCKED
 """
+_UNLOCKED: LiteralString = " FOR UPDATE OF i SKIP LOCKED"
+_ANY_ITEMS: LiteralString = _DIRTY + _CLOSABLE + _UNLOCKED
+_THESE_ITEMS: LiteralString = _DIRTY + " AND i.item_id = ANY(%s)" + _UNLOCKED
 
+#: Whoever changes what a bucket holds has its item locked. The pusher alone does without, when it settles a
+#: delta, and all it does is to take ``open`` away. So with the items locked these rows need no lock as well.
 _CHANGED: LiteralString = """
 SELECT uuid_send(b.item_id), timestamptz_send(b.period_start), timestamptz_send(b.hour_start),
        trunc(b.total * 1000000000)::text, trunc(b.closed * 1000000000)::text,
@@ -102,7 +108,6 @@ SELECT uuid_send(b.item_id), timestamptz_send(b.period_start), timestamptz_send(
 FROM unnest(%s, %s) AS u (i, h) JOIN buckets b ON b.item_id = u.i AND b.hour_start >= u.h
 WHERE b.closed IS DISTINCT FROM b.total
 ORDER BY b.item_id, b.hour_start, b.period_start
-FOR UPDATE OF b
 """
 
 _KEPT: LiteralString = """
@@ -112,10 +117,16 @@ FROM unnest(%s, %s) AS u (i, p) JOIN item_periods p ON (p.item_id, p.period_star
 """
 
 
-def changed_items(db: Connection) -> dict[bytes, tuple[ChangedItem, int]]:
-    """Lock up to 2,000 items with hours that can be closed, or whose hours did not change in the end; each
-    with the earliest hour to look at."""
-    rows = db.execute(_DIRTY_ITEMS, (ITEMS_PER_ROUND,), binary=True).fetchall()
+def changed_items(
+    db: Connection, items: Collection[bytes] | None = None
+) -> dict[bytes, tuple[ChangedItem, int]]:
+    """Lock changed items that nobody else has locked: those of ``items``, or else up to 2,000 of all with
+    hours that can be closed, or whose hours did not change in the end. Returns each with the earliest hour to
+    look at."""
+    if items is None:
+        rows = db.execute(_ANY_ITEMS, (ITEMS_PER_ROUND,), binary=True).fetchall()
+    else:
+        rows = db.execute(_THESE_ITEMS, (uuid_array(sorted(items)),), binary=True).fetchall()
     return {bytes(row[0]): (_item_of(row), timestamp_of(row[14])) for row in rows}
 
 
@@ -144,8 +155,8 @@ def _item_of(row: tuple[Any, ...]) -> ChangedItem:
 def changed_periods(
     db: Connection, dirty: Mapping[bytes, tuple[ChangedItem, int]]
 ) -> tuple[Periods, dict[bytes, int]]:
-    """Lock the hours that changed. Returns those that can be closed, by period, with what closing kept of
-    it; and for each item the earliest hour that has to wait."""
+    """The hours of locked items that changed. Returns those that can be closed, by period, with what closing
+    kept of it; and for each item the earliest hour that has to wait."""
     rows = db.execute(
         _CHANGED,
         (uuid_array(list(dirty)), timestamp_array([since for _, since in dirty.values()])),

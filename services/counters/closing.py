@@ -13,7 +13,7 @@ theirs is never carried, for an old value says nothing about a later period.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import LiteralString
 
 from schemas.catalog import current
@@ -27,12 +27,13 @@ from services.counters.changed import (
     changed_periods,
     numerics,
 )
-from services.counters.deltas import COPY_DELTAS, Delta, Invoices, delta_of, delta_row
+from services.counters.deltas import COPY_DELTAS, DeltaWriter, Invoices
 from services.counters.ledger import GROUP
 from services.counters.portions import peak_difference, split, unit_of, whole
 from services.counters.windows import OLDEST_US
 from services.streaming.faults import fault_point
-from services.streaming.outbox import enqueue
+from services.streaming.outbox import enqueue, enqueue_packed
+from services.wire import topics
 from services.wire.codec import Encoder
 from services.wire.pgarrays import int8_array, register, timestamp_array, uuid_array
 from services.wire.usage import QUANTITY_UNIT
@@ -40,36 +41,34 @@ from services.wire.usage import QUANTITY_UNIT
 
 def close_round(
     db: Connection,
-    encoder: Encoder | None = None,
+    writer: DeltaWriter | None = None,
     *,
+    items: Collection[bytes] | None = None,
     invoices: Invoices | None = None,
     now_us: int | None = None,
 ) -> tuple[int, int]:
-    """Close up to 2,000 items in one transaction; returns how many items and deltas that was."""
+    """Close up to 2,000 items, or these, in one transaction; returns how many items and deltas that was."""
     register(db)
-    encoder = encoder or Encoder(current("usage_delta"))
+    writer = writer or DeltaWriter(Encoder(current("usage_delta")))
     invoices = invoices or Invoices()
     now_us = now_us if now_us is not None else time.time_ns() // 1000
     with db.transaction():
-        dirty = changed_items(db)
+        dirty = changed_items(db, items)
         if not dirty:
             return 0, 0
         periods, waiting = changed_periods(db, dirty)
         carried = _plan(db, periods, waiting, invoices, now_us)
-        deltas = [
-            delta_of(period, hour, invoices, now_us)
-            for period in periods.values()
-            for hour in period.hours.values()
-            if hour.sent
-        ]
-        _write(db, dirty, periods, waiting, deltas)
-        enqueue(
-            db, GROUP, [delta_row(encoder, delta) for delta in deltas] + write_carried(db, carried, now_us)
-        )
+        _write(db, dirty, periods, waiting)
+        deltas = writer.write(list(periods.values()), invoices, now_us)
+        if deltas.lines:
+            with db.cursor().copy(COPY_DELTAS) as copy:
+                copy.write("".join(deltas.lines))
+        enqueue_packed(db, GROUP, topics.DELTAS, writer.headers, deltas.records)
+        enqueue(db, GROUP, write_carried(db, carried, now_us))
         fault_point("close.before_commit")
     fault_point("close.after_commit")
     closed = {place[0] for place, period in periods.items() if period.hours}
-    return len(closed | (dirty.keys() - waiting.keys())), len(deltas)
+    return len(closed | (dirty.keys() - waiting.keys())), len(deltas.lines)
 
 
 # -- What is sent ----------------------------------------------------------------------------------------
@@ -162,7 +161,6 @@ def _write(
     dirty: Mapping[bytes, tuple[ChangedItem, int]],
     periods: Periods,
     waiting: Mapping[bytes, int],
-    deltas: Sequence[Delta],
 ) -> None:
     hours = sorted(
         ((period.item.item_id, hour.start, period.start), period, hour)
@@ -204,9 +202,6 @@ def _write(
                 numerics(period.value for _, period in kept),
             ),
         )
-    if deltas:
-        with db.cursor().copy(COPY_DELTAS) as copy:
-            copy.write("".join([delta.copy_line() for delta in deltas]))
 
 
 _CLOSE_HOURS: LiteralString = """

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,12 +89,19 @@ class Counters:
     """The chunk handler of the counters group.
 
     ``dedupe_days``: how long keys are kept. An older event may be one that was counted before.
+    ``revised``: told, once it is committed, which items have an hour that was revised (``buckets.write``).
     """
 
     def __init__(
-        self, preparer: Preparer, load: Callable[[], Configuration], *, dedupe_days: int = 35
+        self,
+        preparer: Preparer,
+        load: Callable[[], Configuration],
+        *,
+        dedupe_days: int = 35,
+        revised: Callable[[Collection[bytes]], None] = lambda _: None,
     ) -> None:
         self._preparer = preparer
+        self._revised = revised
         self._load = load
         self._config: Configuration | None = None
         # A key is kept from its arrival on. An event may be a little ahead of its own, and clocks differ.
@@ -117,25 +124,28 @@ class Counters:
             prepared = self.prepare(prepared.chunk)
         prepared.used = True
         with db.transaction():
-            applied, counts = self._transaction(db, prepared)
+            applied, counts, revised = self._transaction(db, prepared)
             fault_point("tx.before_commit")
         fault_point("tx.after_commit")
+        if revised:
+            self._revised(revised)
         for outcome, number in counts.items():
             metrics.OUTCOMES.labels(outcome).inc(number)
         return applied
 
-    def _transaction(self, db: Connection, prepared: Prepared) -> tuple[Applied, dict[str, int]]:
+    def _transaction(self, db: Connection, prepared: Prepared) -> tuple[Applied, dict[str, int], set[bytes]]:
+        """What the transaction did, how many records had which outcome, and which items were revised."""
         tp = prepared.chunk.partition
         position = offsets.lock_position(db, GROUP, tp)  # 1
         require(position is not None, f"no position for {tp}")
         assert position is not None  # noqa: S101  (for the type checker; require() is the check)
         fault_point("tx.locked")
         if position.halted is not None:
-            return Applied(position.next_offset, halted=position.halted), {}
+            return Applied(position.next_offset, halted=position.halted), {}, set()
         chunk = prepared.chunk
         if chunk.next_offset <= position.next_offset:
             metrics.REDELIVERED.inc(len(chunk.records))
-            return Applied(position.next_offset, redelivered=True), {}
+            return Applied(position.next_offset, redelivered=True), {}, set()
         if chunk.first_offset > position.next_offset:
             raise OffsetGap(f"{tp} is at {position.next_offset}, the chunk begins at {chunk.first_offset}")
         fresh = chunk.after(position.next_offset)
@@ -151,8 +161,9 @@ class Counters:
         if trip is not None:
             prepared = self.prepare(fresh.until(trip))
         rows: list[OutboxRow] = []
+        revised: set[bytes] = set()
         if prepared.chunk.records:
-            rows = self._count(db, prepared)
+            rows, revised = self._count(db, prepared)
         next_offset = prepared.chunk.next_offset if prepared.chunk.records else position.next_offset
         if trip is not None:
             offsets.halt(db, GROUP, tp, "too_many_parked")
@@ -161,13 +172,13 @@ class Counters:
         offsets.advance(db, GROUP, tp, next_offset, parked_offsets)  # 8
         halted = "too_many_parked" if trip is not None else None
         applied = Applied(next_offset, len(rows), halted, redelivered=fresh is not chunk)
-        return applied, _outcome_totals(prepared)
+        return applied, _outcome_totals(prepared), revised
 
     def _version(self) -> int:
         return -1 if self._config is None else self._config.version
 
-    def _count(self, db: Connection, prepared: Prepared) -> list[OutboxRow]:
-        """Steps 4 to 7 for a chunk with at least one record; returns what has to leave."""
+    def _count(self, db: Connection, prepared: Prepared) -> tuple[list[OutboxRow], set[bytes]]:
+        """Steps 4 to 7 for a chunk with at least one record; returns what has to leave, and revised items."""
         _account_parked(prepared)
         known = _remember_ids(db, prepared)  # 4
         fault_point("tx.ids_remembered")
@@ -177,7 +188,7 @@ class Counters:
         now_us = time.time_ns() // 1000
         chunk = prepared.chunk
         arrivals_us = chunk.records[0].timestamp * 1000, chunk.records[-1].timestamp * 1000
-        buckets.write(db, prepared.items.values(), arrivals_us)  # 7
+        revised = buckets.write(db, prepared.items.values(), arrivals_us)  # 7
         with db.pipeline():
             _write_accounts(db, prepared)
             rows = parked_rows(chunk, prepared.parked, now_us)
@@ -185,7 +196,7 @@ class Counters:
             for event, first in decisions.conflicts:
                 rows.extend(conflict_row(db, chunk, event, first, now_us))
         fault_point("tx.counted")
-        return rows
+        return rows, revised
 
 
 def _account_parked(prepared: Prepared) -> None:

@@ -2,6 +2,10 @@
 
 At least once: a relay that dies between Kafka's acknowledgement and the deletion sends again. Every record in
 it carries a stable identity (delta identifier, ops event id, source coordinates), so readers can tell.
+
+Records that come by the thousand share rows: a *pack* holds several records of one topic, in their order, and
+is sent and deleted as one. Packs are rows of a producer of their own, ``<producer>/packs``, so that nobody
+who writes a single record waits for thousands of them.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -17,12 +22,18 @@ import structlog
 
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
+from services.wire.errors import require
 from services.wire.kafka import AckedProducer
 from services.wire.records import OutboxRow
 from services.wire.settings import Settings
 
 RELAY_ROWS_MAX = 2000
+RELAY_PACKS_MAX = 500
 RELAY_SECONDS = 1.0
+
+#: A row below 2 kB is stored in its page as it is; a larger one PostgreSQL compresses, and stores elsewhere.
+PACK_BYTES_MAX = 1_800
+PACKS = "/packs"
 
 log = structlog.get_logger(__name__)
 
@@ -51,52 +62,142 @@ def _copy_lines(producer: str, rows: Sequence[OutboxRow]) -> Iterator[str]:
         yield f"{producer}\t{row.topic}\t{key}\t\\\\x{row.value.hex()}\t{text}\n"
 
 
+def enqueue_packed(
+    db: psycopg.Connection[Any],
+    producer: str,
+    topic: str,
+    headers: Mapping[str, str],
+    records: Sequence[tuple[bytes, bytes]],
+) -> None:
+    """Write (key, value) records of one topic in the current transaction, in order, several to a row."""
+    if not records:
+        return
+    names = [text.encode() for text in (producer + PACKS, topic)]
+    # PostgreSQL, COPY, "Binary Format": five fields with their lengths, -1 for null; jsonb with its version.
+    start = struct.pack(">h", 5) + b"".join(struct.pack(">i", len(name)) + name for name in names)
+    start += struct.pack(">i", -1)
+    text = b"\x01" + json.dumps(dict(headers)).encode()
+    end = struct.pack(">i", len(text)) + text
+    rows = [start + struct.pack(">i", len(pack)) + pack + end for pack in packed(records)]
+    with db.cursor().copy(
+        "COPY outbox (producer, topic, key, value, headers) FROM STDIN (FORMAT BINARY)"
+    ) as copy:
+        copy.write(b"PGCOPY\n\xff\r\n\x00" + bytes(8) + b"".join(rows) + b"\xff\xff")
+
+
+def packed(records: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    """The records, each with the lengths of its key and value in front, in rows of a good size."""
+    pack: list[bytes] = []
+    size = 0
+    for key, value in records:
+        length = _PACKED.size + len(key) + len(value)
+        if pack and size + length > PACK_BYTES_MAX:
+            yield b"".join(pack)
+            pack, size = [], 0
+        pack += (_PACKED.pack(len(key), len(value)), key, value)
+        size += length
+    yield b"".join(pack)
+
+
+_PACKED = struct.Struct(">II")
+
+
+def unpack(pack: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The (key, value) records of a pack.
+
+    Raises:
+        Broken: it is no pack.
+    """
+    at = 0
+    while at < len(pack):
+        require(len(pack) - at >= _PACKED.size, "a pack of the outbox is cut")
+        key_bytes, value_bytes = _PACKED.unpack_from(pack, at)
+        value_at = at + _PACKED.size + key_bytes
+        at = value_at + value_bytes
+        require(at <= len(pack), "a pack of the outbox is cut")
+        yield pack[value_at - key_bytes : value_at], pack[value_at:at]
+
+
 def relay_producer(bootstrap: str) -> AckedProducer:
     """A producer that gives up well before the idle transaction that waits for it is ended."""
     return AckedProducer(bootstrap, **{"delivery.timeout.ms": 10_000, "linger.ms": 0})
 
 
 def relay(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer, *, wait: bool = False) -> int:
-    """Send everything ``producer`` has waiting and return how many records that was.
+    """Send everything ``producer`` has waiting, but for its packs; returns how many records that was.
 
     Rows that another relay is sending are left to it; with ``wait``, it returns only once they are gone too.
 
     Raises:
         Transient: Kafka did not acknowledge; the rows stay.
     """
+    return _relay(db, producer, kafka, _plain, RELAY_ROWS_MAX, wait=wait)
+
+
+def relay_packs(db: psycopg.Connection[Any], producer: str, kafka: AckedProducer) -> int:
+    """The same for the packs of ``producer`` that no other relay is sending."""
+    return _relay(db, producer + PACKS, kafka, _packed, RELAY_PACKS_MAX, wait=False)
+
+
+def _relay(
+    db: psycopg.Connection[Any],
+    producer: str,
+    kafka: AckedProducer,
+    records_of: Callable[[_Row], Iterable[KafkaRecord]],
+    rows_max: int,
+    *,
+    wait: bool,
+) -> int:
     sent = 0
     while True:
         with db.transaction():
             rows = db.execute(
-                _TAKE if wait else _TAKE + " SKIP LOCKED",
-                (producer, RELAY_ROWS_MAX),
+                _TAKE if wait else _TAKE + " SKIP LOCKED", (producer, rows_max), binary=True
             ).fetchall()
             if not rows:
                 return sent
             fault_point("relay.before_send")
-            records = [
-                (topic, key, value, {name: text.encode() for name, text in headers.items()})
-                for _, topic, key, value, headers in rows
-            ]
+            records = [record for row in rows for record in records_of(row)]
             kafka.send_all(records, timeout_s=12.0)
             fault_point("relay.after_send")
             db.execute("DELETE FROM outbox WHERE outbox_id = ANY(%s)", ([row[0] for row in rows],))
         fault_point("relay.after_delete")
-        sent += len(rows)
-        if len(rows) < RELAY_ROWS_MAX:
+        sent += len(records)
+        if len(rows) < rows_max:
             return sent
 
 
+#: outbox_id, topic, key, value, headers.
+_Row = tuple[int, str, bytes | None, bytes, dict[str, str]]
+KafkaRecord = tuple[str, bytes | None, bytes, Mapping[str, bytes]]
+
+
+def _plain(row: _Row) -> Iterator[KafkaRecord]:
+    _, topic, key, value, headers = row
+    yield topic, key, value, {name: text.encode() for name, text in headers.items()}
+
+
+def _packed(row: _Row) -> Iterator[KafkaRecord]:
+    _, topic, _, pack, texts = row
+    headers = {name: text.encode() for name, text in texts.items()}
+    return ((topic, key, value, headers) for key, value in unpack(pack))
+
+
 async def relay_forever(settings: Settings, producer: str, wake: asyncio.Event | None = None) -> None:
-    """Relay what ``producer`` has waiting, every second or when woken, on a connection and a producer of its
-    own. For rows that no chunk relays: deltas, and what a sender writes."""
+    """Relay what ``producer`` has waiting, packs too, every second or when woken, on a connection and a
+    producer of its own. For rows that no chunk relays: deltas, and what a sender writes."""
     database = Database(settings.postgres(), "relay")
     kafka = relay_producer(settings.kafka())
     wake = wake or asyncio.Event()
+
+    def relay_all() -> None:
+        relay(database.connection(), producer, kafka)
+        relay_packs(database.connection(), producer, kafka)
+
     while True:
         wake.clear()
         try:
-            await asyncio.to_thread(lambda: relay(database.connection(), producer, kafka))
+            await asyncio.to_thread(relay_all)
         except TRANSIENT_ERRORS as error:
             log.warning("the outbox waits", error=error)
             await asyncio.to_thread(database.reset)

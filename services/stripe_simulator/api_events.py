@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 from services.stripe_simulator.destinations import (
     Destinations,
+    change_destination,
     change_endpoint,
     read_destination,
     read_endpoint,
@@ -51,6 +52,7 @@ class EventsApi:
             ("POST", DESTINATIONS): Endpoint(self._create_destination),
             ("GET", DESTINATIONS): Endpoint(self._list_destinations),
             ("GET", f"{DESTINATIONS}/{{id}}"): Endpoint(self._get_destination),
+            ("POST", f"{DESTINATIONS}/{{id}}"): Endpoint(self._update_destination),
             ("DELETE", f"{DESTINATIONS}/{{id}}"): Endpoint(self._delete_destination),
             ("POST", f"{DESTINATIONS}/{{id}}/disable"): Endpoint(self._disable_destination),
             ("POST", f"{DESTINATIONS}/{{id}}/enable"): Endpoint(self._enable_destination),
@@ -152,6 +154,11 @@ class EventsApi:
         include = params.texts("include")
         params.finish()
         return self._destinations.find(call.parts["id"]).to_v2(include)
+
+    def _update_destination(self, call: Call, params: Params, origin: Origin) -> Json:
+        destination, include = change_destination(params, self._destinations.find(call.parts["id"]))
+        self._destinations.keep(destination)
+        return destination.to_v2(include)
 
     def _delete_destination(self, call: Call, params: Params, origin: Origin) -> Json:
         params.finish()

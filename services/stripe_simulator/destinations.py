@@ -165,6 +165,28 @@ def read_destination(params: Params, now: float) -> tuple[Destination, list[str]
     return destination, include
 
 
+def change_destination(params: Params, known: Destination) -> tuple[Destination, list[str]]:
+    """A v2 event destination with the parameters that are named, and which redacted fields to show."""
+    include, name, description = params.texts("include"), params.text("name"), params.text("description")
+    enabled_events = _events(params) if params.has("enabled_events") else known.enabled_events
+    url, moves = known.url, params.has("webhook_endpoint")
+    endpoint = params.nested("webhook_endpoint")
+    if moves:
+        url = _url(endpoint)
+    endpoint.finish()
+    metadata = params.text_map("metadata", length_max=METADATA_LENGTH_MAX) or {}
+    params.finish()
+    changed = replace(
+        known,
+        url=url,
+        enabled_events=enabled_events,
+        name=name or known.name,
+        description=known.description if description is None else description,
+        metadata=known.metadata | metadata,
+    )
+    return changed, include
+
+
 def _url(params: Params) -> str:
     url = params.required_text("url")
     parts = urlsplit(url)

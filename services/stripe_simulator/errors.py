@@ -13,12 +13,12 @@ ApiError                 an answer with a status; stored for its Idempotency-Key
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 Json = dict[str, Any]
-_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Answer:
 
     @classmethod
     def of(cls, body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-        return cls(status, _compact(body).encode(), headers or {})
+        return cls(status, msgspec.json.encode(body), headers or {})
 
 
 class ApiError(Exception):
@@ -148,14 +148,17 @@ class DuplicateIdentifier(ApiError):
 
 
 class ServerFailure(ApiError):
-    """500: the outcome is indeterminate, and stored, so that a retry sees the same 500 for a day."""
+    """500: the outcome is indeterminate. v1 stores it, so that a retry sees the same 500 for a day.
+
+    v2 executes a failed request again, so only v1 says that retrying is of no use; both are choices.
+    """
 
     status = 500
     type = "api_error"
 
-    def __init__(self) -> None:
+    def __init__(self, *, v2: bool) -> None:
         message = "An unknown error occurred while processing your request."
-        super().__init__(message, headers={"Stripe-Should-Retry": "false"})
+        super().__init__(message, headers={} if v2 else {"Stripe-Should-Retry": "false"})
 
 
 def too_many_concurrent_requests() -> ApiError:

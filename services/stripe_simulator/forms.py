@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 from urllib.parse import unquote_plus
 
@@ -18,6 +19,7 @@ Form: TypeAlias = "dict[str, FormValue]"
 
 FIELDS_MAX = 500
 DEPTH_MAX = 6
+NAMES_CACHED = 1024
 TEXT_LENGTH_MAX = 5000
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
@@ -30,7 +32,7 @@ def decode_form(encoded: str) -> Form:
         raise InvalidParameters(f"Invalid request body: it has more than {FIELDS_MAX} parameters.")
     for field in fields:
         name, _, value = field.partition("=")
-        _place(form, _unescape(name), _unescape(value))
+        _place(form, _path(name), _unescape(value))
     return form
 
 
@@ -43,17 +45,24 @@ def _unescape(escaped: str) -> str:
         raise InvalidParameters("Invalid request body: it is not UTF-8.") from error
 
 
-def _place(form: Form, name: str, value: str) -> None:
+@lru_cache(maxsize=NAMES_CACHED)
+def _path(escaped: str) -> tuple[str, ...]:
+    """`payload[value]` as its parts; clients send the same few names over and over."""
+    name = _unescape(escaped)
     if "[" not in name:
-        if name:
-            form[name] = value
-        return
+        return (name,)
     matched = _NAME.fullmatch(name)
     if matched is None:
         raise InvalidParameters(f"Invalid parameter name: {name}", param=name)
-    path = [matched[1], *re.findall(r"\[([^\[\]]*)\]", matched[2])]
+    path = (matched[1], *re.findall(r"\[([^\[\]]*)\]", matched[2]))
     if len(path) > DEPTH_MAX:
         raise InvalidParameters(f"Invalid parameter name: {name} is nested too deeply", param=path[0])
+    return path
+
+
+def _place(form: Form, path: tuple[str, ...], value: str) -> None:
+    if path == ("",):
+        return
     branch = form
     for depth, part in enumerate(path[:-1]):
         follows_list = path[depth + 1] == ""

@@ -203,7 +203,7 @@ class Gateway:
     def _execute(self, call: Call, endpoint: Endpoint, form: Form, fault: Fault) -> tuple[Answer, bool]:
         """The answer, and whether an Idempotency-Key keeps it. Runs without an await: one transaction."""
         origin = Origin(call.request_id, call.idempotency_key, self._clock.now())
-        failed = ServerFailure().answer(v2=call.v2) if fault.status == 500 else None
+        failed = ServerFailure(v2=call.v2).answer(v2=call.v2) if fault.status == 500 else None
         if failed is not None and not fault.applied:
             return failed, True
         try:

@@ -131,6 +131,13 @@ def test_rule_5_a_request_that_failed_is_executed_again(sim: SimulatorControl) -
     assert sim.total() == "10"
 
 
+def test_rule_5_the_sdk_retries_a_500_of_v2_and_then_it_is_executed(sim: SimulatorControl) -> None:
+    sim.play({"fault": "status", "status": 500, "applied": False})
+    wanted: Any = event("a")
+    assert sdk(sim, retries=1).v2.billing.meter_events.create(wanted).identifier == "a"
+    assert sim.total() == "5"
+
+
 def test_rule_5_a_500_that_hid_a_success_meets_the_duplicate_check_when_repeated(
     sim: SimulatorControl,
 ) -> None:

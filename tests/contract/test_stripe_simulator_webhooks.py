@@ -123,6 +123,16 @@ def test_endpoints_are_changed_switched_off_and_deleted(sim: SimulatorControl, r
     ping = client.v2.core.event_destinations.ping(thin.id)
     sim.deliver()
     assert ids(receiver) == [ping.id]
+    moved = client.v2.core.event_destinations.update(
+        thin.id,
+        {
+            "name": "renamed",
+            "webhook_endpoint": {"url": "http://127.0.0.1:9/x"},
+            "include": ["webhook_endpoint.url"],
+        },
+    )
+    where: Any = moved.webhook_endpoint
+    assert (moved.name, where.url, moved.enabled_events) == ("renamed", "http://127.0.0.1:9/x", ["*"])
     client.v1.webhook_endpoints.delete(made.id)
     client.v2.core.event_destinations.delete(thin.id)
     assert client.v1.webhook_endpoints.list().data == []

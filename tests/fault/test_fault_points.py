@@ -56,6 +56,8 @@ def die_at(pipeline: Pipeline, worker: Worker, point: str, count: int, records: 
             pipeline.approve(1)
         elif kind == "calendar":
             move(pipeline)
+        elif point == "close.revised":
+            pipeline.send(*late(len(pipeline.log)))
         time.sleep(0.1)
     assert worker.ended(1) == -9, worker.log()[-3000:]
     assert log.read_text(encoding="utf-8") == f"{point}\n"
@@ -66,6 +68,16 @@ def too_late(prefix: str) -> list[Usage]:
     """One customer's usage of today, then some of last week, which waits to be approved."""
     now_s, name = int(time.time()), ("acme", "cus_late", "requests")
     return [Usage(*name, Decimal(1), f"{prefix}-{n}", now_s - (9 * DAY_S + n if n else 0)) for n in range(13)]
+
+
+def late(number: int) -> list[Usage]:
+    """One customer's usage of now, then of one of eight hours ago, in turn: by the time that an hour is
+    revised, its delta is settled."""
+    now_s, name = int(time.time()), ("acme", "cus_revised", "requests")
+    return [
+        Usage(*name, Decimal(1), f"revised-{number}-{hours}", now_s - hours * HOUR_S)
+        for hours in (0, 1 + number // 2 % 8)
+    ]
 
 
 def move(pipeline: Pipeline) -> None:

@@ -59,6 +59,7 @@ def test_the_result_has_the_whole_way_its_spread_and_its_parts(measured: dict[st
     assert measured["seconds"] <= measured["from_first_record_seconds"]
     assert measured["count_seconds"] > 0
     assert measured["close_seconds"] > 0
+    assert min(measured[f"{name}_cpu_seconds"] for name in ("count", "close", "worker")) > 0
     assert [run["seconds"] > 0 for run in measured["runs"]] == [True] * ROUNDS
     assert measured["cpu"] == os.cpu_count()
     assert json.loads(json.dumps(measured)) == measured

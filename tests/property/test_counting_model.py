@@ -44,6 +44,7 @@ from services.pusher.giving_back import GiveBack, Returned
 from services.pusher.journal import record_intents
 from services.streaming.chunks import Chunk, Partition
 from services.streaming.offsets import ensure_positions
+from services.streaming.outbox import unpack
 from services.wire.codec import Decoder
 from tests.conftest import Servers
 from tests.records import Raw, encoded, v3
@@ -363,7 +364,11 @@ class World:
             ),
         )
         ensure_positions(db, GROUP, {TOPIC: 0})
-        self.counters = Counters(Preparer(Decoder(), upcasters()), lambda: load_configuration(db))
+        #: Items with an hour that was revised, as the counters told.
+        self.revised: set[bytes] = set()
+        self.counters = Counters(
+            Preparer(Decoder(), upcasters()), lambda: load_configuration(db), revised=self.revised.update
+        )
 
     # Doing
 
@@ -384,16 +389,20 @@ class World:
             self.pending += sorted(self.truth.adjusted.keys() - waiting)
             self.position = max(self.position, end)
 
-    def close(self, crash: str | None = None) -> int:
-        """One round; returns the number of its deltas. They are recorded as intents of the pusher."""
+    def close(self, crash: str | None = None, *, revised: bool = False) -> int:
+        """One round, of any items or of those that were revised; returns the number of its deltas. They are
+        recorded as intents of the pusher."""
         before = self.outflow()
-        if self._run(lambda: close_round(self.db, now_us=self.now), crash):
+        items = set(self.revised) if revised else None
+        if revised:
+            self.revised.clear()
+        if self._run(lambda: close_round(self.db, items=items, now_us=self.now), crash):
             self._check_outflow(before)
         return self._relay()
 
     def _relay(self) -> int:
         rows = self.db.execute("DELETE FROM outbox WHERE topic = 'deltas.v1' RETURNING value").fetchall()
-        deltas = [Decoder().decode(bytes(row[0]))[1] for row in rows]
+        deltas = [Decoder().decode(value)[1] for row in rows for _, value in unpack(row[0])]
         record_intents(self.db, deltas)
         names = self.names()
         for delta in deltas:
@@ -922,11 +931,11 @@ def check_any_order(db: psycopg.Connection[Any], data: st.DataObject) -> None:
     again = data.draw(st.lists(st.sampled_from(history), max_size=5), label="again")
     for use in data.draw(st.permutations([*history, *again]), label="arrivals"):
         world.append(use)
-    moves = st.sampled_from(["next", "next", "next", "again", "across", "close", "settle"])
+    moves = st.sampled_from(["next", "next", "next", "again", "across", "close", "revised", "settle"])
     while world.position < len(world.log):
         move = data.draw(moves, label="move")
-        if move == "close":
-            world.close()
+        if move in ("close", "revised"):
+            world.close(revised=move == "revised")
         elif move == "settle":
             world.settle(world.open[: data.draw(st.integers(1, 3))])
         else:
@@ -1050,6 +1059,11 @@ class Anything(RuleBasedStateMachine):
         self.w.close(crash)
         if settled:
             self.w.settle(self.w.open)
+
+    @precondition(lambda self: self.w.revised)
+    @rule(crash=crash("close"))
+    def close_revised(self, crash: str | None) -> None:
+        self.w.close(crash, revised=True)
 
     @precondition(lambda self: self.w.open)
     @rule(data=st.data(), state=st.sampled_from(["reported", "cancelled"]))
