@@ -59,7 +59,7 @@ WINDOW_READING_SHARE = 0.2
 FRESH_SECONDS = 5.0
 #: What a call may take beyond the sink's own time limit.
 GRACE_SECONDS = 0.5
-#: Share of one second's calls that may leave at once. The rest of the second is spread evenly.
+#: Share of one second's intents that may leave at once. The rest of the second is spread evenly.
 BURST_SHARE = 0.05
 SETTLE_RETRY_CAP_SECONDS = 5.0
 #: Claims held at once, however wide the sink is: each is a lock in PostgreSQL.
@@ -129,11 +129,19 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def limiter_for(rate_per_second: float) -> AsyncLimiter:
-    """A bucket that lets at most ``rate_per_second`` calls out in any second, bursts included."""
-    burst = max(1.0, rate_per_second * BURST_SHARE)
-    steady = max(rate_per_second - burst, rate_per_second * (1 - BURST_SHARE) / 2)
-    return AsyncLimiter(burst, burst / steady)
+def burst_of(rate_per_second: float) -> float:
+    """Intents that may leave at once."""
+    return max(1.0, rate_per_second * BURST_SHARE)
+
+
+def limiter_for(rate_per_second: float, batch_max: int) -> AsyncLimiter:
+    """A bucket that lets at most ``rate_per_second`` intents out in any second, bursts included.
+
+    A batch leaves when its last intent is let out: what it held back until then is another burst.
+    """
+    burst = burst_of(rate_per_second)
+    steady = rate_per_second - burst * (2 if batch_max > 1 else 1)
+    return AsyncLimiter(burst, burst / max(steady, rate_per_second * (1 - BURST_SHARE) / 2))
 
 
 class Sender:
@@ -159,10 +167,10 @@ class Sender:
         self._clock = clock
         self._chance = chance
         self._on_outbox = on_outbox
-        self._limiter = limiter_for(self.config.rate_per_second)
+        self._batch_max = min(sink.batch_max, int(burst_of(self.config.rate_per_second)))
+        self._limiter = limiter_for(self.config.rate_per_second, self._batch_max)
         self._gate = asyncio.Lock()
         self._room_max = self.config.room(sink.batch_max)
-        self._batch_max = max(1, min(sink.batch_max, int(self.config.rate_per_second)))  # a second's calls
         self._brake = Brake()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()

@@ -189,6 +189,21 @@ def test_a_low_rate_sends_small_batches_in_time(world: World) -> None:
     assert world.requests(STREAM) >= 6
 
 
+def test_the_rate_is_kept_though_batches_leave_at_once(world: World) -> None:
+    world.close(*(delta(f"cus_{n}") for n in range(240)))
+
+    async def scenario() -> None:
+        async with world.sending(stream(world), rate=80):
+            await until(lambda: settled(world))
+
+    asyncio.run(scenario())
+    assert world.states() == {"reported": 240}
+    received = sorted(row["received_at"] for row in world.stripe.ledger()["rows"])
+    assert len(received) == 240
+    busiest = max(sum(at <= other < at + 1 for other in received) for at in received)
+    assert busiest <= 82  # the times are the simulator's
+
+
 def test_the_setting_chooses_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDEMETER_STRIPE_API_KEY", KEY)
     assert type(sink_of(load_settings())) is StripeSink
