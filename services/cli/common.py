@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
 from typing import Annotated, Any
 
 import psycopg
@@ -26,12 +25,6 @@ def fail(message: str, code: int) -> typer.Exit:
     """Print ``error: message`` and give the exception to raise."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code)
-
-
-def plain(value: Decimal) -> str:
-    """A number without exponent and without trailing zeros."""
-    text = format(value, "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

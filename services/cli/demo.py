@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from services.cli.common import ATTENTION, INTERRUPTED, MISUSED, UNAVAILABLE, JsonFlag, fail, plain
+from services.cli.common import ATTENTION, INTERRUPTED, MISUSED, UNAVAILABLE, JsonFlag, fail
+from services.wire.decimals import plain
 from services.wire.log import configure_logging
 
 if TYPE_CHECKING:

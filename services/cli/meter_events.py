@@ -13,7 +13,8 @@ import psycopg
 import typer
 from psycopg.rows import dict_row
 
-from services.cli.common import ATTENTION, MISUSED, JsonFlag, database, fail, plain, sentences, show_table
+from services.cli.common import ATTENTION, MISUSED, JsonFlag, database, fail, sentences, show_table
+from services.wire.decimals import plain
 
 meter_events_app = typer.Typer(
     help="List, show and retry meter events; settle a doubt by hand.", no_args_is_help=True

@@ -11,7 +11,8 @@ from typing import Annotated, Any, LiteralString
 import typer
 from psycopg.rows import dict_row
 
-from services.cli.common import JsonFlag, database, plain, sentences, show_table
+from services.cli.common import JsonFlag, database, sentences, show_table
+from services.wire.decimals import plain
 
 periods_app = typer.Typer(help="See changes of billing periods, and what was carried.", no_args_is_help=True)
 

@@ -12,13 +12,14 @@ from confluent_kafka.admin import AdminClient
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.common import ATTENTION, JsonFlag, database, plain, sentences
+from services.cli.common import ATTENTION, JsonFlag, database, sentences
 from services.counters.conservation import conservation, outcomes_by_meter
 from services.counters.ledger import GROUP as COUNTERS
 from services.counters.prepare import OUTCOMES
 from services.pusher.agent import GROUP as PUSHER
 from services.streaming.lag import behind, log_ends, topic_partitions
 from services.streaming.offsets import read_positions
+from services.wire.decimals import plain
 from services.wire.settings import Settings, load_settings
 from services.wire.topics import DELTAS, USAGE_VERSIONS
 

@@ -333,14 +333,6 @@ def intent_of(delta: Record) -> Intent:
     )
 
 
-def plain_decimal(amount: Decimal) -> str:
-    """``amount`` exactly, without exponent, sign of zero, or zeros behind the last digit."""
-    text = f"{amount:f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return "0" if text in ("-0", "") else text
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
     """An intent this process may act on. ``attempts`` fences: a later claim of the same intent has more."""

@@ -31,9 +31,9 @@ from services.pusher.intents import (
     judge,
     next_action,
     next_state,
-    plain_decimal,
     settlement_of,
 )
+from services.wire.decimals import plain
 from services.wire.errors import Broken
 from upcasters.usage_delta_v1_to_v2 import upcast
 
@@ -303,7 +303,7 @@ def test_the_replacement_has_another_identifier_always_the_same_and_only_once() 
     ],
 )
 def test_amounts_are_written_plainly_and_exactly(amount: str, text: str) -> None:
-    assert plain_decimal(Decimal(amount)) == text
+    assert plain(Decimal(amount)) == text
 
 
 def test_backoff_is_jittered_from_zero_and_capped() -> None:

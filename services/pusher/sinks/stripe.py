@@ -27,9 +27,9 @@ from services.pusher.intents import (
     Intent,
     Meaning,
     Shown,
-    plain_decimal,
 )
 from services.pusher.sinks import Call
+from services.wire.decimals import plain
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -212,7 +212,7 @@ class _ClosingClient(stripe.AIOHTTPClient):
 
 def refusal_before_call(intent: Intent) -> Answer | None:
     """What Stripe would refuse for good, or count wrongly."""
-    value = plain_decimal(intent.amount)
+    value = plain(intent.amount)
     if len(value.lstrip("-").replace(".", "").lstrip("0")) > DIGITS_MAX:
         return Answer(Meaning.REFUSED, "meter_event_value_too_many_digits")
     if intent.dimensions.keys() & {intent.customer_payload_key, intent.value_payload_key}:
@@ -228,7 +228,7 @@ def event_fields(intent: Intent) -> dict[str, Any]:
         "payload": {
             **intent.dimensions,
             intent.customer_payload_key: intent.stripe_customer,
-            intent.value_payload_key: plain_decimal(intent.amount),
+            intent.value_payload_key: plain(intent.amount),
         },
     }
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 
 import aiohttp
 
-from services.pusher.intents import Answer, Intent, Meaning, Shown, plain_decimal
+from services.pusher.intents import Answer, Intent, Meaning, Shown
 from services.pusher.sinks import Call
+from services.wire.decimals import plain
 from services.wire.errors import Misconfigured
 
 SECRET_PREFIX = "whsec_"  # noqa: S105  a mark of the format
@@ -60,7 +61,7 @@ class WebhookSink:
                 "identifier": intent.identifier,
                 "event_name": intent.event_name,
                 "customer": intent.stripe_customer,
-                "value": plain_decimal(intent.amount),
+                "value": plain(intent.amount),
                 "formula": intent.formula,
                 "dimensions": dict(intent.dimensions),
                 "occurred_at": intent.event_at.isoformat(),
