@@ -352,10 +352,14 @@ class Sender:
 
     async def _call_loop(self) -> None:
         while (first := await self._claims.get()) is not None:
-            ready = await self._admitted(self._with_more(first))
-            questions = [held for held in ready if held.claim.action is not Action.SEND]
-            calls = [held for held in ready if held.claim.action is Action.SEND]
-            await asyncio.gather(*map(self._ask, questions), self._call(calls))
+            batch = self._with_more(first)
+            async with self._gate:  # batch by batch, or all of them would wait until the last is full
+                for held in batch:
+                    if self._obstacle(held) is None:
+                        await self._limiter.acquire()
+            questions = [held for held in batch if held.claim.action is not Action.SEND]
+            calls = [held for held in batch if held.claim.action is Action.SEND]
+            await asyncio.gather(self._call(calls), *map(self._ask, questions))
 
     def _with_more(self, first: _Held) -> list[_Held]:
         """What waits already and fits into one call."""
@@ -368,12 +372,11 @@ class Sender:
             batch.append(more)
         return batch
 
-    async def _admitted(self, batch: Sequence[_Held]) -> list[_Held]:
-        """Of ``batch``, what the rate lets out and nothing stands in the way of; the rest is given back."""
-        async with self._gate:  # batch by batch, or all of them would wait until the last is full
-            for held in batch:
-                if self._obstacle(held) is None:
-                    await self._limiter.acquire()
+    def _ready(self, batch: Sequence[_Held]) -> list[_Held]:
+        """Of ``batch``, what nothing stands in the way of; the rest is given back.
+
+        The last thing before a call: even a turn of the event loop later the machine may have slept.
+        """
         ready = []
         for held in batch:
             obstacle = self._obstacle(held)
@@ -397,9 +400,11 @@ class Sender:
         return "paused" if self._brake.seconds_left(time.monotonic()) > 0 else None
 
     async def _ask(self, held: _Held) -> None:
-        self._results.put_nowait((held, await self._sink.shown(held.claim.intent)))
+        for ready in self._ready([held]):
+            self._results.put_nowait((ready, await self._sink.shown(ready.claim.intent)))
 
-    async def _call(self, batch: Sequence[_Held]) -> None:
+    async def _call(self, calls: Sequence[_Held]) -> None:
+        batch = self._ready(calls)
         if not batch:
             return
         started = time.perf_counter()
