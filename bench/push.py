@@ -46,8 +46,8 @@ from services.wire.codec import Record
 from services.wire.times import micros
 
 KEY = "push"
-EVENTS = 10_000
-CUSTOMERS = 1_000
+EVENTS = 20_000
+CUSTOMERS = 5_000
 METER = "api_requests"
 API_KEY = "sk_test_bench"
 HOUR = timedelta(hours=1)

@@ -80,20 +80,18 @@ _NOT_BLOCKED = f"""
     """  # noqa: S608  constants only
 _URGENCY = "coalesce(m.push_before, m.period_end), m.hour_start, m.created_at"
 
-#: Keys whose first intent is due: many that only have others due would keep the rest out of the window.
+#: Keys whose first intent is due: many that only have others due would keep the rest out of the window. One
+#: pass over what is open; a join of what is due with what is under way grows with the product of both.
 _DUE_KEYS = f"""
-    WITH due AS (
-        SELECT stripe_customer, event_name, min(ARRAY[{_URGENCY}]) AS urgency FROM meter_events m
-        WHERE m.state IN ('pending', 'in_flight', 'in_doubt') AND m.next_attempt_at <= %(now)s
-            AND {_NOT_BLOCKED}
+    SELECT stripe_customer, event_name FROM (
+        SELECT stripe_customer, event_name,
+            min(ARRAY[{_URGENCY}]) FILTER (WHERE next_attempt_at <= %(now)s) AS urgency,
+            min(ARRAY[{_URGENCY}]) FILTER (WHERE next_attempt_at > %(now)s AND state = 'pending') AS waiting,
+            bool_or(next_attempt_at > %(now)s AND state = 'in_flight') AS under_way
+        FROM meter_events m WHERE m.state IN ('pending', 'in_flight', 'in_doubt') AND {_NOT_BLOCKED}
         GROUP BY stripe_customer, event_name
-    )
-    SELECT stripe_customer, event_name FROM due
-    WHERE NOT EXISTS (
-        SELECT FROM meter_events m
-        WHERE m.stripe_customer = due.stripe_customer AND m.event_name = due.event_name
-            AND m.state IN ('pending', 'in_flight') AND m.next_attempt_at > %(now)s
-            AND (m.state = 'in_flight' OR ARRAY[{_URGENCY}] < due.urgency) AND {_NOT_BLOCKED})
+    ) keys
+    WHERE urgency IS NOT NULL AND NOT under_way AND (waiting IS NULL OR waiting >= urgency)
     ORDER BY urgency LIMIT %(limit)s
     """  # noqa: S608  constants only
 

@@ -52,7 +52,7 @@ log = structlog.get_logger(__name__)
 
 #: Keys read ahead from the journal, in order of urgency, and for how long that order is trusted: longer when
 #: the backlog is so deep that reading it takes a good part of that time.
-WINDOW_KEYS_MAX = 2000
+WINDOW_KEYS_MAX = 5000
 WINDOW_SECONDS = 1.0
 WINDOW_READING_SHARE = 0.2
 #: A claim that waits longer than this for its call is given back: its lock may be gone.
@@ -75,7 +75,7 @@ class SenderConfig:
     concurrency: int = 16
     call_timeout_seconds: float = 20.0
     claims_max: int = 200
-    gather_seconds: float = 0.01
+    gather_seconds: float = 0.05
     poll_seconds: float = 0.25
     policy: Policy = field(default_factory=Policy)
 
