@@ -54,7 +54,7 @@ HOUR = timedelta(hours=1)
 SECONDS_MAX = 180.0
 
 #: Documented limits, and what the sender is set to: it may not meet them.
-LIMITS = {"v1": (1_000, 960.0), "stream": (10_000, 9_500.0)}
+LIMITS = {"v1": (1_000, 995.0), "stream": (10_000, 9_900.0)}
 NO_LIMIT = 1_000_000
 
 SIMULATOR = """

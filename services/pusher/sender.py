@@ -74,7 +74,7 @@ class SenderConfig:
     rate_per_second: float = 200.0
     concurrency: int = 16
     call_timeout_seconds: float = 20.0
-    claims_max: int = 200
+    claims_max: int = 1000
     gather_seconds: float = 0.05
     poll_seconds: float = 0.25
     policy: Policy = field(default_factory=Policy)

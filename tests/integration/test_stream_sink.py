@@ -219,7 +219,7 @@ def test_the_setting_chooses_the_stream(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("rate", "concurrency", "batch_max", "room"),
-    [(0.5, 16, 1, 1), (200, 16, 1, 200), (950, 32, 1, 200), (200, 16, 100, 200), (9_500, 16, 100, 3200)],
+    [(0.5, 16, 1, 1), (200, 16, 1, 200), (950, 32, 1, 950), (200, 16, 100, 200), (9_500, 16, 100, 3200)],
 )
 def test_no_more_is_claimed_than_a_second_or_two_can_send(
     rate: float, concurrency: int, batch_max: int, room: int
