@@ -58,8 +58,9 @@ def carry_forward(
         item_id = period.item.item_id
         target, hour = targets[item_id]
         if amount and hour.open:
+            first = min(period.hours)
             _put_back(period, gone)
-            waiting[item_id] = min(waiting.get(item_id, min(gone)), min(gone))
+            waiting[item_id] = min(waiting.get(item_id, first), first)
             continue
         if amount:
             target.hours.setdefault(hour.start, hour)

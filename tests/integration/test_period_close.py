@@ -324,6 +324,23 @@ def test_what_should_be_carried_waits_while_the_open_hours_delta_is_under_way_an
     assert not books.db.execute("SELECT FROM items WHERE dirty_from IS NOT NULL").fetchall()
 
 
+def test_every_hour_that_waits_for_the_open_hour_is_closed_when_that_is_settled(books: Books) -> None:
+    """Of a maximum only the highest hour is carried; the lower one before it changed too."""
+    books.meter("peaks", "max", lateness_seconds=35 * 86_400)
+    at(books, FINAL, books.use("a", "2026-06-15T14:10", 4, "peaks"))
+    books.close()
+    at(
+        books,
+        FINAL,
+        books.use("b", "2026-06-15T13:30", 7, "peaks"),
+        books.use("c", "2026-06-15T12:30", 6, "peaks"),
+    )
+    assert books.close() == []
+    assert by_period(books.settle()) == {JULY: 7}
+    rows = books.db.execute("SELECT hour_start FROM buckets WHERE closed IS DISTINCT FROM total").fetchall()
+    assert rows == []
+
+
 def test_while_it_waits_the_other_hours_of_the_open_period_go_on(books: Books) -> None:
     at(books, FINAL, books.use("a", "2026-06-15T14:10", 1))
     books.close()
