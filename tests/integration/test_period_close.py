@@ -440,6 +440,26 @@ def test_an_old_hour_and_the_open_one_may_be_of_the_same_period(
     assert books.settle() == []
 
 
+def test_an_old_hour_that_makes_up_for_one_that_fell_sends_nothing_itself(books: Books) -> None:
+    """Given a value that moves to an hour that is too old, after it was pushed in a later hour, and another
+    one there that is new."""
+    books.meter("users", "unique", value_property="user", lateness_seconds=35 * 86_400)
+    books.customer("cus_1", "1 year UTC 2026-01-01T00:00:00Z")
+    books.change_periods()
+    at(books, "2026-06-15T13:00", books.use("a", "2026-06-15T12:00", 1, "users", user="ada"))
+    books.settle()
+    at(
+        books,
+        "2026-06-15T13:00",
+        books.use("b", "2026-05-13T09:00", 1, "users", user="ada"),
+        books.use("c", "2026-05-13T10:00", 1, "users", user="bob"),
+    )
+    books.now = "2026-06-20T13:00"
+    assert amounts(books.settle()) == [("2026-06-20T13:00", 1)]
+    assert [row[1] for row in books.carried_forward()] == ["2026-05-13T10:00"]
+    books.assert_meets()
+
+
 def test_values_of_last_that_stripe_takes_no_more_are_kept_and_not_sent(books: Books) -> None:
     books.meter("levels", "last")
     at(books, "2026-06-05T12:00", books.use("a", "2026-06-05T09:00", 5, "levels", customer_ref="new"))

@@ -392,8 +392,10 @@ class World:
         return self._relay()
 
     def _relay(self) -> int:
-        rows = self.db.execute("DELETE FROM outbox WHERE topic = 'deltas.v1' RETURNING value").fetchall()
-        deltas = [Decoder().decode(bytes(row[0]))[1] for row in rows]
+        rows = self.db.execute(
+            "DELETE FROM outbox WHERE topic = 'deltas.v1' RETURNING outbox_id, value"
+        ).fetchall()
+        deltas = [Decoder().decode(bytes(row[1]))[1] for row in sorted(rows)]
         record_intents(self.db, deltas)
         names = self.names()
         for delta in deltas:
