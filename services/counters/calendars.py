@@ -66,6 +66,15 @@ _MOVABLE: LiteralString = (
 _LEFT: LiteralString = "SELECT EXISTS (SELECT " + _BEHIND + ")"  # noqa: S608
 _OPEN: LiteralString = "SELECT DISTINCT item_id FROM buckets WHERE item_id = ANY(%s) AND open"
 
+#: A bucket ``b`` that holds more than what a bucket leaves behind when it moves. One that only took what was
+#: carried may hold nothing else any more: its push was given back, or its fraction was never sent.
+_HOLDS: LiteralString = """
+(b.events > 0 OR b.pushed <> 0 OR b.closed IS DISTINCT FROM 0 OR EXISTS (
+    SELECT FROM carry_forwards c WHERE c.item_id = b.item_id AND (
+        (c.hour_start, c.period_start) = (b.hour_start, b.period_start)
+        OR (c.to_hour, c.to_period) = (b.hour_start, b.period_start))))
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -141,11 +150,8 @@ def _move_item(db: Connection, item_id: Any, aggregation: str, text: str, now_us
     calendar = Calendar.parse(text)
     since = instant(hour_start(calendar.period_start(now_us - OLDEST_US)))
     rows = db.execute(
-        "SELECT hour_start, period_start, first_event, last_event, events FROM buckets "
-        "WHERE item_id = %s AND hour_start >= %s "
-        "AND (events > 0 OR pushed <> 0 OR closed IS DISTINCT FROM 0) "
-        "ORDER BY hour_start, period_start "
-        "FOR UPDATE",
+        "SELECT hour_start, period_start, first_event, last_event, events FROM buckets b "  # noqa: S608
+        f"WHERE item_id = %s AND hour_start >= %s AND {_HOLDS} ORDER BY hour_start, period_start FOR UPDATE",
         (item_id, since),
     ).fetchall()
     moves, straddling = [], 0
@@ -294,7 +300,8 @@ def _reckon_periods(
         if last_hour is not None and aggregation == "max":
             value = pushed - carried
             db.execute(
-                "UPDATE buckets SET closed = NULL WHERE item_id = %s AND period_start = %s", (item_id, period)
+                f"UPDATE buckets b SET closed = NULL WHERE item_id = %s AND period_start = %s AND {_HOLDS}",  # noqa: S608
+                (item_id, period),
             )
         elif last_hour is not None:
             db.execute(
@@ -310,19 +317,19 @@ def _reckon_periods(
             (item_id, period, end, value),
         )
     db.execute(
-        "DELETE FROM item_periods p WHERE item_id = %s AND period_start = ANY(%s) AND NOT EXISTS "
-        "(SELECT FROM buckets b WHERE b.item_id = p.item_id AND b.period_start = p.period_start "
-        "AND (b.events > 0 OR b.pushed <> 0 OR b.closed IS DISTINCT FROM 0))",
+        "DELETE FROM item_periods p WHERE item_id = %s AND period_start = ANY(%s) "  # noqa: S608
+        "AND NOT EXISTS (SELECT FROM buckets b "
+        f"WHERE b.item_id = p.item_id AND b.period_start = p.period_start AND {_HOLDS})",
         (item_id, list(periods)),
     )
 
 
-_OWED: LiteralString = """
+_OWED: LiteralString = f"""
 SELECT sum(coalesce(closed, 0)), sum(pushed),
        coalesce((SELECT sum(amount) FROM carry_forwards
                  WHERE item_id = %(item)s AND to_period = %(period)s), 0)
        - coalesce((SELECT sum(amount) FROM carry_forwards
                    WHERE item_id = %(item)s AND period_start = %(period)s), 0),
        max(hour_start)
-FROM buckets WHERE item_id = %(item)s AND period_start = %(period)s
-"""
+FROM buckets b WHERE item_id = %(item)s AND period_start = %(period)s AND {_HOLDS}
+"""  # noqa: S608  constants only

@@ -58,8 +58,9 @@ def carry_forward(
         item_id = period.item.item_id
         target, hour = targets[item_id]
         if amount and hour.open:
+            first = min(period.hours)
             _put_back(period, gone)
-            waiting[item_id] = min(waiting.get(item_id, min(gone)), min(gone))
+            waiting[item_id] = min(waiting.get(item_id, first), first)
             continue
         if amount:
             target.hours.setdefault(hour.start, hour)
@@ -76,12 +77,12 @@ def carry_forward(
 def _put_back(period: ChangedPeriod, gone: Mapping[int, int]) -> None:
     """Leave these differences, and what was kept of them for a deficit, to a later round."""
     if period.item.aggregation == "max":  # one difference speaks for all hours
-        period.value -= sum(gone.values()) + sum(period.differences.get(start, 0) for start in gone)
+        period.value -= sum(gone.values()) + sum(period.kept.values())
         period.hours.clear()
         period.differences.clear()
     for start in gone:
         period.hours.pop(start, None)
-        period.differences.pop(start, None)
+    period.kept.clear()
 
 
 def _targets(

@@ -73,6 +73,9 @@ class ChangedPeriod:
     carry: int = 0
     value: int = 0
     differences: dict[int, int] = field(default_factory=dict)  # by hour
+    kept: dict[int, int] = field(
+        default_factory=dict
+    )  # by hour that is too late: what makes up for a deficit
 
 
 #: By (item id, period start).

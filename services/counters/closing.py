@@ -97,15 +97,13 @@ def _plan(
         if item.aggregation == "last":
             continue
         signed = not item.nets
+        period.carry += sum(period.kept.values())  # nothing leaves in these hours
         portions, period.carry = split(
             sorted(period.differences.items()), period.carry, unit_of(item.scale), signed=signed
         )
         for portion in portions:
             hour = period.hours[portion.hour]
-            if hour.open:
-                period.carry += portion.amount
-            else:
-                hour.sent, hour.amount = True, portion.amount
+            hour.sent, hour.amount = True, portion.amount
     return carried
 
 
@@ -117,7 +115,7 @@ def _cover_deficit(period: ChangedPeriod, gone: dict[int, int]) -> None:
         kept = min(left, difference)
         if kept > 0:
             gone[hour] -= kept
-            period.differences[hour] = kept
+            period.kept[hour] = kept
             left -= kept
 
 

@@ -33,7 +33,7 @@ def split(differences: Differences, carry: int, unit: int, *, signed: bool) -> t
     """Split exact hourly differences into portions and the new carry.
 
     ``signed``: each hour gets its own, negative ones too. Otherwise hours that fell are taken out of those
-    that rose, no portion is negative, and what is negative on the whole waits in the carry for later usage.
+    that rose, and only these send anything. What is negative on the whole waits in the carry for later usage.
     Rounds towards zero: the carry of a signed meter, and a positive carry, stay below one unit.
     """
     return _signed(differences, carry, unit) if signed else _rising(differences, carry, unit)
@@ -56,7 +56,7 @@ def _rising(differences: Differences, carry: int, unit: int) -> tuple[list[Porti
     for hour, difference in differences:
         carry += difference
         amount = min(whole(max(carry, 0), unit), left)
-        if amount:
+        if difference > 0 and amount:
             portions.append(Portion(hour, amount))
             carry -= amount
             left -= amount

@@ -26,6 +26,7 @@ from services.counters.deltas import Invoices
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
 from services.ingest.adjustments import decide
+from services.pusher.giving_back import GiveBack, Returned
 from services.streaming import offsets
 from services.streaming.chunks import Chunk, Partition
 from services.streaming.outbox import unpack
@@ -154,6 +155,17 @@ class Books:
             if not found:
                 return deltas
             deltas += found
+
+    def give_back(self, delta: Delta) -> None:
+        """A push that was settled failed after all, and its amount goes back to its bucket."""
+        item_id, hour = UUID(bytes=delta["item_id"]), delta["hour_start"]
+        row = self.db.execute(
+            "SELECT period_start FROM buckets WHERE (item_id, hour_start) = (%s, %s) AND pushed >= %s",
+            (item_id, hour, delta["amount"]),
+        ).fetchone()
+        assert row is not None
+        back = GiveBack([Returned(item_id, hour, row[0], delta["amount"], delta["formula"])])
+        back.check(*[self.db.execute(step, back.values).fetchall() for step in GiveBack.STATEMENTS])
 
     def change_periods(self) -> int:
         """Carry out what changes of calendars there are, as the timer does; items that moved."""

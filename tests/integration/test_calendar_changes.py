@@ -344,6 +344,85 @@ def test_what_was_carried_forward_is_not_billed_again_when_its_hours_join_their_
     books.assert_meets()
 
 
+def test_what_was_carried_into_an_hour_moves_with_it_when_its_push_was_given_back(books: Books) -> None:
+    """Given a push that failed late, and whose amount left in the next hour: the hour it was carried into
+    holds nothing else any more."""
+    books.customer("cus_1", ANCHORED)
+    books.count(books.use("a", "2026-06-02T10:00", 1, "max", level="5"))
+    [carried] = books.settle()
+    assert amounts([carried]) == [("2026-06-20T12:00", 5)]
+    books.give_back(carried)
+    books.now = "2026-06-20T13:00"
+    books.count(books.use("b", books.now, 1, "max", level="7"))
+    assert amounts(books.settle()) == [("2026-06-20T13:00", 12)]
+    books.customer("cus_1", "1 week UTC")
+    books.change_periods()
+    assert books.settle() == []
+    assert books.periods("max") == {"2026-06-01T00:00": 5, "2026-06-15T00:00": 7}
+    assert books.carried_forward() == [
+        ("2026-06-01T00:00", "2026-06-02T10:00", "2026-06-15T00:00", "2026-06-20T12:00", 5, "period_closed")
+    ]
+    assert (books.pushed("max"), books.carries("max")) == ({"2026-06-15T00:00": 12}, {})
+
+
+def test_a_fraction_that_was_carried_forward_moves_to_the_new_period_and_makes_a_unit_there(
+    books: Books,
+) -> None:
+    books.customer("cus_1", ANCHORED)
+    books.count(books.use("a", "2026-06-02T10:00", "0.6"))
+    assert books.settle() == []
+    books.customer("cus_1", "1 week UTC")
+    books.change_periods()
+    books.settle()
+    assert books.carries() == {"2026-06-15T00:00": Decimal("0.6")}
+    books.count(books.use("b", NOW, "0.4"))
+    assert amounts(books.settle()) == [("2026-06-20T12:00", 1)]
+    assert books.carries() == {}
+    books.assert_meets()
+
+
+@pytest.mark.parametrize(("aggregation", "amount"), [("sum", Decimal("-0.8")), ("unique", 2)])
+def test_old_hours_that_were_sent_too_little_or_too_much_when_later_ones_leave_carry_that_forward(
+    books: Books, aggregation: str, amount: Decimal
+) -> None:
+    """Given fractions of two hours that were pushed in the earlier, and values that moved to it after they
+    were pushed in the later. The earlier is too old for Stripe by now."""
+    books.customer("cus_1", "1 year UTC")
+    for user in ("ada", "bob"):
+        for at, level in (("2026-06-06T10:00", "0.4"), ("2026-05-28T10:00", "0.6")):
+            use_all(books, [(f"{user}/{at}", at, level, user)], aggregation)
+            books.settle()
+    assert books.pushed(aggregation) == {"2026-01-01T00:00": 2}
+    books.now = "2026-07-10T12:00"
+    books.customer("cus_1", "1 month UTC")
+    books.change_periods()
+    assert {iso(one["period_start"]) for one in books.settle()} <= {"2026-07-01T00:00"}
+    assert books.carried_forward() == [
+        ("2026-01-01T00:00", "2026-05-28T10:00", "2026-07-01T00:00", books.now, amount, "too_old_for_stripe")
+    ]
+    books.assert_meets()
+
+
+def test_what_a_closed_period_was_sent_too_much_lowers_the_open_one(books: Books) -> None:
+    """Given two weeks that were pushed, and a month that holds both and is long over."""
+    books.customer("cus_1", "1 week UTC")
+    use_all(books, USAGE[:4], "max")
+    assert sum(one["amount"] for one in books.settle()) == 8 + 5
+    books.now = "2026-07-20T12:00"
+    books.customer("cus_1", None)
+    books.change_periods()
+    assert books.settle() == []
+    assert books.carried_forward() == [
+        ("2026-06-01T00:00", "2026-06-02T10:00", "2026-07-01T00:00", books.now, -5, "too_old_for_stripe")
+    ]
+    assert books.carries("max") == {"2026-07-01T00:00": -5}
+    books.count(books.use("f", books.now, 1, "max", level="6"))
+    assert amounts(books.settle()) == [(books.now, 1)]
+    assert books.periods("max") == {"2026-06-01T00:00": 8, "2026-07-01T00:00": 6}
+    assert sum(books.pushed("max").values()) == 8 + 6
+    books.assert_meets()
+
+
 def test_what_the_pushers_journal_says_of_an_hour_follows_it(books: Books) -> None:
     books.count(books.use("a", "2026-06-02T10:00", 1), books.use("b", "2026-06-12T10:00", 2))
     for one in books.settle():

@@ -324,6 +324,23 @@ def test_what_should_be_carried_waits_while_the_open_hours_delta_is_under_way_an
     assert not books.db.execute("SELECT FROM items WHERE dirty_from IS NOT NULL").fetchall()
 
 
+def test_every_hour_that_waits_for_the_open_hour_is_closed_when_that_is_settled(books: Books) -> None:
+    """Of a maximum only the highest hour is carried; the lower one before it changed too."""
+    books.meter("peaks", "max", lateness_seconds=35 * 86_400)
+    at(books, FINAL, books.use("a", "2026-06-15T14:10", 4, "peaks"))
+    books.close()
+    at(
+        books,
+        FINAL,
+        books.use("b", "2026-06-15T13:30", 7, "peaks"),
+        books.use("c", "2026-06-15T12:30", 6, "peaks"),
+    )
+    assert books.close() == []
+    assert by_period(books.settle()) == {JULY: 7}
+    rows = books.db.execute("SELECT hour_start FROM buckets WHERE closed IS DISTINCT FROM total").fetchall()
+    assert rows == []
+
+
 def test_while_it_waits_the_other_hours_of_the_open_period_go_on(books: Books) -> None:
     at(books, FINAL, books.use("a", "2026-06-15T14:10", 1))
     books.close()
@@ -421,6 +438,26 @@ def test_an_old_hour_and_the_open_one_may_be_of_the_same_period(
     assert [row[5] for row in books.carried_forward()] == ["too_old_for_stripe"]
     books.assert_meets()
     assert books.settle() == []
+
+
+def test_an_old_hour_that_makes_up_for_one_that_fell_sends_nothing_itself(books: Books) -> None:
+    """Given a value that moves to an hour that is too old, after it was pushed in a later hour, and another
+    one there that is new."""
+    books.meter("users", "unique", value_property="user", lateness_seconds=35 * 86_400)
+    books.customer("cus_1", "1 year UTC 2026-01-01T00:00:00Z")
+    books.change_periods()
+    at(books, "2026-06-15T13:00", books.use("a", "2026-06-15T12:00", 1, "users", user="ada"))
+    books.settle()
+    at(
+        books,
+        "2026-06-15T13:00",
+        books.use("b", "2026-05-13T09:00", 1, "users", user="ada"),
+        books.use("c", "2026-05-13T10:00", 1, "users", user="bob"),
+    )
+    books.now = "2026-06-20T13:00"
+    assert amounts(books.settle()) == [("2026-06-20T13:00", 1)]
+    assert [row[1] for row in books.carried_forward()] == ["2026-05-13T10:00"]
+    books.assert_meets()
 
 
 def test_values_of_last_that_stripe_takes_no_more_are_kept_and_not_sent(books: Books) -> None:

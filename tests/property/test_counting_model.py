@@ -401,8 +401,10 @@ class World:
         return self._relay()
 
     def _relay(self) -> int:
-        rows = self.db.execute("DELETE FROM outbox WHERE topic = 'deltas.v1' RETURNING value").fetchall()
-        deltas = [Decoder().decode(value)[1] for row in rows for _, value in unpack(row[0])]
+        rows = self.db.execute(
+            "DELETE FROM outbox WHERE topic = 'deltas.v1' RETURNING outbox_id, value"
+        ).fetchall()
+        deltas = [Decoder().decode(value)[1] for row in sorted(rows) for _, value in unpack(row[1])]
         record_intents(self.db, deltas)
         names = self.names()
         for delta in deltas:
@@ -559,16 +561,16 @@ class World:
                 self.truth.calendars[name] = calendar
 
     def outflow(self) -> dict[tuple[Name, int], tuple[int, int]]:
-        """Of every period: what left it, and its carry."""
+        """Of every period: what was pushed of it or carried to another one, and its carry."""
         names = self.names()
         rows = self.db.execute(_PERIODS).fetchall()
         return {
-            (names[row[0]], _us(row[1])): (int((row[2] + row[3]) * UNIT), int((row[4] or 0) * UNIT))
+            (names[row[0]], _us(row[1])): (int((row[2] + row[7]) * UNIT), int((row[4] or 0) * UNIT))
             for row in rows
         }
 
     def _check_outflow(self, before: dict[tuple[Name, int], tuple[int, int]]) -> None:
-        """Closing never takes more out of a period than is in it."""
+        """Closing never takes more out of a period than is in it. What is carried into it may be negative."""
         if self.metering.signed or self.metering.aggregation == "last":
             return
         for place, (left, carry) in self.outflow().items():
@@ -617,7 +619,8 @@ class World:
 
     def _check_balances(self, names: dict[uuid.UUID, Name]) -> None:
         """What was closed of a period has left it, or is its carry."""
-        for item_id, period, pushed, out, carry, value, closed in self.db.execute(_PERIODS).fetchall():
+        for row in self.db.execute(_PERIODS).fetchall():
+            item_id, period, pushed, out, carry, value, closed, _ = row
             taken = (value or 0) if self.metering.aggregation == "max" else closed
             assert taken == pushed + out + (carry or 0), (names[item_id], period)
 
@@ -651,7 +654,7 @@ class World:
             "SELECT hour_start FROM buckets WHERE closed IS DISTINCT FROM total"
         ).fetchall()
         rest: dict[Name, int] = defaultdict(int)
-        for item_id, period, pushed, out, carry, _, _ in self.db.execute(_PERIODS).fetchall():
+        for item_id, period, pushed, out, carry, *_ in self.db.execute(_PERIODS).fetchall():
             name, kept = names[item_id], int((carry or 0) * UNIT)
             aggregate = self.truth.periods(name).get(_us(period), 0)
             assert int((pushed + out) * UNIT) + kept == aggregate, (name, period)
@@ -686,17 +689,17 @@ WHERE b.events > 0
 ORDER BY b.item_id, b.hour_start, b.period_start, m.created_at DESC
 """
 
-#: Of every period: pushed, carried out less carried in, carry, value, closed.
+#: Of every period: pushed, carried out less carried in, carry, value, closed, carried out.
 _PERIODS = """
 SELECT b.item_id, b.period_start, b.pushed, coalesce(o.amount, 0) - coalesce(i.amount, 0), p.carry, p.value,
-       b.closed
+       b.closed, coalesce(o.amount, 0)
 FROM (SELECT item_id, period_start, sum(pushed) AS pushed, coalesce(sum(closed), 0) AS closed FROM buckets
       GROUP BY item_id, period_start) b
 LEFT JOIN item_periods p USING (item_id, period_start)
 LEFT JOIN (SELECT item_id, period_start, sum(amount) AS amount FROM carry_forwards
-           GROUP BY item_id, period_start) o USING (item_id, period_start)
+           WHERE period_start <> to_period GROUP BY item_id, period_start) o USING (item_id, period_start)
 LEFT JOIN (SELECT item_id, to_period AS period_start, sum(amount) AS amount FROM carry_forwards
-           GROUP BY item_id, to_period) i USING (item_id, period_start)
+           WHERE period_start <> to_period GROUP BY item_id, to_period) i USING (item_id, period_start)
 """
 
 

@@ -127,6 +127,11 @@ def test_an_hour_that_fell_is_taken_out_of_one_that_rose_in_the_same_round_which
         assert split(differences, 0, unit_of(0), signed=False) == ([], 0)
 
 
+def test_only_an_hour_that_rose_sends_what_the_carry_makes_up_for() -> None:
+    portions, carry = split([(HOURS[0], -UNIT), (HOURS[1], UNIT)], 2 * UNIT, unit_of(0), signed=False)
+    assert (portions, carry) == ([Portion(HOURS[1], 2 * UNIT)], 0)
+
+
 def test_the_largest_sums_keep_their_last_digit() -> None:
     most = 2**53 * 10**6 * UNIT
     portions, carry = split([(HOURS[0], most + 1)], 0, unit_of(0), signed=False)
