@@ -73,9 +73,8 @@ class ChangedPeriod:
     carry: int = 0
     value: int = 0
     differences: dict[int, int] = field(default_factory=dict)  # by hour
-    kept: dict[int, int] = field(
-        default_factory=dict
-    )  # by hour that is too late: what makes up for a deficit
+    #: By hour that is too late: what makes up for a deficit.
+    kept: dict[int, int] = field(default_factory=dict)
 
 
 #: By (item id, period start).

@@ -34,7 +34,6 @@ from services.pusher.intents import (
     Action,
     Answer,
     Claim,
-    Formula,
     Intent,
     Meaning,
     Policy,
@@ -46,9 +45,15 @@ from services.pusher.intents import (
     judge,
     next_action,
 )
-from services.pusher.journal import INSERT_INTENTS, INTENT_COLUMNS, INTENT_FIELDS, intent_values
-from services.pusher.ops import OUTBOX_INSERT, failure_event, meter_event, outbox_values
-from services.pusher.pausing import NOT_PAUSED, PAUSE, pause_values
+from services.pusher.journal import (
+    FREE_BUCKETS,
+    INSERT_INTENTS,
+    INTENT_COLUMNS,
+    intent_values,
+    stored_intent,
+)
+from services.pusher.ops import OUTBOX_INSERT, failure_event, outbox_values
+from services.pusher.pausing import NOT_PAUSED, PAUSE, pause_values, paused_events
 from services.wire.errors import require
 from services.wire.records import OutboxRow
 
@@ -135,20 +140,6 @@ _SETTLE = """
     )
     WHERE m.identifier = a.identifier AND m.attempts = a.attempts AND m.state = a.from_state
     RETURNING m.identifier, m.state, m.item_id, m.hour_start, m.period_start, m.amount, m.formula
-    """
-
-_FREE_BUCKETS = """
-    WITH settled AS (
-        SELECT DISTINCT item_id, hour_start, period_start FROM meter_events WHERE identifier = ANY(%s)
-    ), held AS (
-        SELECT item_id, hour_start, period_start FROM buckets
-        JOIN settled USING (item_id, hour_start, period_start)
-        ORDER BY item_id, hour_start, period_start FOR UPDATE OF buckets
-    )
-    UPDATE buckets b SET open = false
-    FROM held
-    WHERE (b.item_id, b.hour_start, b.period_start) = (held.item_id, held.hour_start, held.period_start)
-        AND b.open
     """
 
 _STORED = """
@@ -292,9 +283,7 @@ def _rows(rows: Iterable[Mapping[str, object]]) -> str:
 
 def _claim_of(row: tuple[Any, ...], now: datetime, policy: Policy) -> Claim:
     *fields, state, attempts, doubted_since, error_code, refusals = row
-    item_id, formula = INTENT_FIELDS.index("item_id"), INTENT_FIELDS.index("formula")
-    fields[item_id], fields[formula] = fields[item_id].hex, Formula(fields[formula])
-    intent = Intent(*fields)
+    intent = stored_intent(fields)
     require((state == State.PENDING) == (doubted_since is None), f"first_sent_at does not fit state {state}")
     action = next_action(
         doubted_since=doubted_since,
@@ -387,10 +376,7 @@ async def _pause(session: AsyncConnection, reasons: dict[str, str], now: datetim
     if not reasons:
         return []
     cursor = await session.execute(PAUSE, pause_values(reasons, source=SOURCE, now=now))
-    return [
-        meter_event("meter_paused", event_name, reason, source=SOURCE, now=now)
-        for event_name, reason in await cursor.fetchall()
-    ]
+    return paused_events(await cursor.fetchall(), source=SOURCE, now=now)
 
 
 async def _give_back(session: AsyncConnection, amounts: Sequence[Returned]) -> None:
@@ -407,7 +393,7 @@ async def _free_buckets(session: AsyncConnection, settled: Sequence[str]) -> Non
     """Let the counters close these buckets again. One delta of a bucket is open at a time, so two settled at
     once are as wrong as one that the bucket does not know of."""
     if settled:
-        cursor = await session.execute(_FREE_BUCKETS, (list(settled),))
+        cursor = await session.execute(FREE_BUCKETS, (list(settled),))
         require(cursor.rowcount == len(settled), "an intent was settled whose bucket is missing or not open")
 
 

@@ -10,8 +10,16 @@ from datetime import datetime
 
 from psycopg.rows import dict_row
 
-from services.pusher.intents import Formula, Intent, Policy
-from services.pusher.journal import INSERT_INTENTS, INTENT_COLUMNS, INTENT_FIELDS, Connection, intent_values
+from services.pusher.intents import Policy
+from services.pusher.journal import (
+    FREE_BUCKETS,
+    INSERT_INTENTS,
+    INTENT_COLUMNS,
+    INTENT_FIELDS,
+    Connection,
+    intent_values,
+    stored_intent,
+)
 from services.wire.errors import require
 
 
@@ -27,10 +35,7 @@ _SETTLE = """
     UPDATE meter_events SET state = %s, attempts = attempts + 1, settled_at = %s, settled_by = %s,
         error_code = 'settled_by_hand'
     WHERE identifier = %s
-    RETURNING item_id, hour_start, period_start
     """
-
-_FREE = "UPDATE buckets SET open = false WHERE (item_id, hour_start, period_start) = (%s, %s, %s) AND open"
 
 
 def settle_by_hand(db: Connection, identifier: str, *, applied: bool, by: str, now: datetime) -> str | None:
@@ -61,13 +66,12 @@ def settle_by_hand(db: Connection, identifier: str, *, applied: bool, by: str, n
                 "settle it as applied and correct the customer's usage with an event of its own"
             )
         state = "reported" if applied else "cancelled"
-        place = db.execute(_SETTLE, (state, now, by, identifier)).fetchone()
+        db.execute(_SETTLE, (state, now, by, identifier))
         if applied:
-            require(db.execute(_FREE, place).rowcount == 1, "the bucket of a doubted intent was not open")
+            freed = db.execute(FREE_BUCKETS, ([identifier],)).rowcount
+            require(freed == 1, "the bucket of a doubted intent was not open")
             return None
-        fields = {name: row[name] for name in INTENT_FIELDS}
-        intent = Intent(**{**fields, "item_id": row["item_id"].hex, "formula": Formula(row["formula"])})
-        successor = intent.replacement()
+        successor = stored_intent([row[name] for name in INTENT_FIELDS]).replacement()
         stored = db.execute(INSERT_INTENTS, intent_values([successor], policy)).rowcount
         require(stored == 1, "an intent was replaced twice")
         return successor.identifier

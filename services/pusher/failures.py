@@ -15,8 +15,8 @@ from decimal import Decimal
 from services.pusher.giving_back import GiveBack, Returned
 from services.pusher.intents import METER_AWAY_CODES
 from services.pusher.journal import Connection
-from services.pusher.ops import OUTBOX_INSERT, PRODUCER, failure_event, meter_event, outbox_values
-from services.pusher.pausing import PAUSE, pause_values
+from services.pusher.ops import OUTBOX_INSERT, PRODUCER, failure_event, outbox_values
+from services.pusher.pausing import PAUSE, pause_values, paused_events
 
 _FAIL_REPORTED = """
     WITH named AS (
@@ -76,10 +76,7 @@ def fail_reported(
     away = {event_name: code for *_, event_name, code in rows if code in METER_AWAY_CODES}
     if away:
         paused = db.execute(PAUSE, pause_values(away, source=source, now=now)).fetchall()
-        events += [
-            meter_event("meter_paused", event_name, reason, source=source, now=now)
-            for event_name, reason in paused
-        ]
+        events += paused_events(paused, source=source, now=now)
     if events:
         db.execute(OUTBOX_INSERT, outbox_values(events, producer))
     return [row[0] for row in rows]

@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 
-from services.pusher.intents import Intent, Policy, intent_of
+from services.pusher.intents import Formula, Intent, Policy, intent_of
 from services.wire.codec import Record
 from services.wire.errors import Broken
 
@@ -51,6 +51,28 @@ _LINK_RETRIED = """
     WHERE (f.item_id, f.hour_start, f.period_start) = (a.item_id, a.hour_start, a.period_start)
         AND f.released_at IS NOT NULL AND f.retried_as IS NULL AND a.sequence > f.released_sequence
     """
+
+
+#: Lets the counters close the buckets of settled intents again; parameters: their identifiers.
+FREE_BUCKETS = """
+    WITH settled AS (
+        SELECT DISTINCT item_id, hour_start, period_start FROM meter_events WHERE identifier = ANY(%s)
+    ), held AS (
+        SELECT item_id, hour_start, period_start FROM buckets
+        JOIN settled USING (item_id, hour_start, period_start)
+        ORDER BY item_id, hour_start, period_start FOR UPDATE OF buckets
+    )
+    UPDATE buckets b SET open = false
+    FROM held
+    WHERE (b.item_id, b.hour_start, b.period_start) = (held.item_id, held.hour_start, held.period_start)
+        AND b.open
+    """
+
+
+def stored_intent(row: Sequence[Any]) -> Intent:
+    """The intent of a row of :data:`INTENT_COLUMNS`."""
+    values = dict(zip(INTENT_FIELDS, row, strict=True))
+    return Intent(**{**values, "item_id": values["item_id"].hex, "formula": Formula(values["formula"])})
 
 
 def intent_values(intents: Sequence[Intent], policy: Policy) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ being settled meanwhile; what comes too late meanwhile is carried forward once t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ import structlog
 from services.pusher.ops import OUTBOX_INSERT, meter_event, outbox_values
 from services.streaming.observe import Status
 from services.wire import metrics
+from services.wire.records import OutboxRow
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +40,7 @@ PAUSE = """
     RETURNING event_name, reason
     """
 
-_DUE = "SELECT event_name FROM paused_meters WHERE next_probe_at <= %s ORDER BY next_probe_at"
+_PAUSED = "SELECT event_name, next_probe_at <= %s FROM paused_meters ORDER BY next_probe_at, event_name"
 _ASK_LATER = """
     UPDATE paused_meters SET probes = probes + 1,
         next_probe_at = %s + least(%s, %s * power(2, least(probes, 20)))
@@ -52,6 +53,14 @@ def pause_values(reasons: dict[str, str], *, source: str, now: datetime) -> tupl
     """Parameters of :data:`PAUSE`; ``reasons`` by event name, as codes."""
     names = sorted(reasons)  # rows are locked in this order
     return source, now, now + ASK_EVERY, names, [reasons[name] for name in names]
+
+
+def paused_events(paused: Iterable[tuple[str, str]], *, source: str, now: datetime) -> list[OutboxRow]:
+    """``meter_paused`` for each row that :data:`PAUSE` returned."""
+    return [
+        meter_event("meter_paused", event_name, reason, source=source, now=now)
+        for event_name, reason in paused
+    ]
 
 
 class PausedMeters:
@@ -96,16 +105,16 @@ class PausedMeters:
 
     async def ask(self, session: AsyncConnection) -> list[str]:
         """Ask about the meters whose turn it is; returns which are back."""
-        back = []
-        for (event_name,) in await (await session.execute(_DUE, (self._clock(),))).fetchall():
+        back: list[str] = []
+        paused = await (await session.execute(_PAUSED, (self._clock(),))).fetchall()
+        for event_name, is_due in paused:
+            if not is_due:
+                continue
             if await self._takes(event_name):
                 back += await self._resume(session, event_name)
             else:
                 await session.execute(_ASK_LATER, (self._clock(), ASK_EVERY_MAX, ASK_EVERY, event_name))
-        rows = await (
-            await session.execute("SELECT event_name FROM paused_meters ORDER BY event_name")
-        ).fetchall()
-        self._names = [name for (name,) in rows]
+        self._names = sorted({event_name for event_name, _ in paused} - set(back))
         metrics.METERS_PAUSED.set(len(self._names))
         if back:
             self._on_change()

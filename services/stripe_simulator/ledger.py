@@ -240,21 +240,23 @@ class Ledger:
 
     def usage(self, meter: str, customer: str, start: int, end: int, seen_at: float) -> Iterator[Usage]:
         """Applied events of [start, end) by event time that summaries show at `seen_at`, as received."""
-        rows = self._store.read(
-            "SELECT sequence, timestamp, value FROM ledger"
-            " WHERE meter = ? AND customer = ? AND timestamp >= ? AND timestamp < ?"
-            " AND visible_at <= ? AND (cancel_visible_at IS NULL OR cancel_visible_at > ?) ORDER BY sequence",
-            (meter, customer, start, end, seen_at, seen_at),
-        )
-        return (Usage(sequence, timestamp, Decimal(value)) for sequence, timestamp, value in rows)
+        shown = "visible_at <= ? AND (cancel_visible_at IS NULL OR cancel_visible_at > ?)"
+        return self._usage(shown, meter, customer, start, end, seen_at)
 
     def received(self, meter: str, customer: str, start: int, end: int, until: float) -> Iterator[Usage]:
         """Events of [start, end) by event time that were received, and not cancelled, by `until`."""
+        there = "received_at <= ? AND (cancelled_at IS NULL OR cancelled_at > ?)"
+        return self._usage(there, meter, customer, start, end, until)
+
+    def _usage(
+        self, condition: str, meter: str, customer: str, start: int, end: int, at: float
+    ) -> Iterator[Usage]:
+        """Events of [start, end) by event time, as received; ``condition`` takes the moment ``at`` twice."""
         rows = self._store.read(
-            "SELECT sequence, timestamp, value FROM ledger"
+            "SELECT sequence, timestamp, value FROM ledger"  # noqa: S608  constants only
             " WHERE meter = ? AND customer = ? AND timestamp >= ? AND timestamp < ?"
-            " AND received_at <= ? AND (cancelled_at IS NULL OR cancelled_at > ?) ORDER BY sequence",
-            (meter, customer, start, end, until, until),
+            f" AND {condition} ORDER BY sequence",
+            (meter, customer, start, end, at, at),
         )
         return (Usage(sequence, timestamp, Decimal(value)) for sequence, timestamp, value in rows)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -28,18 +27,11 @@ from tests.integration.pushing import (
     World,
     delta,
     gauge,
-    open_world,
     send_again,
     settled,
     this_hour,
     until,
 )
-
-
-@pytest.fixture
-def world(postgres_dsn: str) -> Iterator[World]:
-    with open_world(postgres_dsn) as opened:
-        yield opened
 
 
 def push(world: World) -> None:

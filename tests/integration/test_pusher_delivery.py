@@ -13,7 +13,7 @@ import json
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -65,13 +65,6 @@ from tests.integration.pushing import (
     until,
 )
 from upcasters.chain import upcasters
-
-
-@pytest.fixture
-def world(postgres_dsn: str) -> Iterator[World]:
-    with open_world(postgres_dsn) as opened:
-        yield opened
-
 
 # -- Delivery ----------------------------------------------------------------------------------------
 

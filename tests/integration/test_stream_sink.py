@@ -6,7 +6,6 @@ The oracle is the simulator's ledger of applied events.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -28,7 +27,6 @@ from tests.integration.pushing import (
     delta,
     gauge,
     killed_at_the_end,
-    open_world,
     settled,
     until,
 )
@@ -36,12 +34,6 @@ from tests.integration.pushing import (
 STREAM = "POST /v2/billing/meter_event_stream"
 SESSION = "POST /v2/billing/meter_event_session"
 V1 = "POST /v1/billing/meter_events"
-
-
-@pytest.fixture
-def world(postgres_dsn: str) -> Iterator[World]:
-    with open_world(postgres_dsn) as opened:
-        yield opened
 
 
 def stream(world: World, key: str = KEY, timeout: float = 2.0) -> StripeStreamSink:
