@@ -62,13 +62,6 @@ Key = tuple[str, str]
 
 _encode_json = msgspec.json.Encoder().encode
 
-#: What a retry can cure: lost connections, restarts, deadlocks, time-outs.
-TRANSIENT_ERRORS = (
-    psycopg.OperationalError,
-    psycopg.InterfaceError,
-    psycopg.errors.IdleInTransactionSessionTimeout,  # how a process that was stopped finds out
-)
-
 SOURCE = "sync"
 UNCLEAR = "in_doubt_unresolved"
 

@@ -17,6 +17,7 @@ import psycopg
 import structlog
 
 from services.pusher.ops import OUTBOX_INSERT, meter_event, outbox_values
+from services.streaming.database import TRANSIENT_ERRORS
 from services.streaming.observe import Status
 from services.wire import metrics
 from services.wire.records import OutboxRow
@@ -76,13 +77,11 @@ class PausedMeters:
         *,
         clock: Callable[[], datetime],
         on_change: Callable[[], None] = lambda: None,
-        transient: tuple[type[Exception], ...] = (psycopg.OperationalError, psycopg.InterfaceError),
     ) -> None:
         self._connect = connect
         self._takes = takes
         self._clock = clock
         self._on_change = on_change
-        self._transient = transient
         self._names: Sequence[str] = ()
 
     async def run(self) -> None:
@@ -94,7 +93,7 @@ class PausedMeters:
                     if session is None or session.closed:
                         session = await self._connect()
                     await self.ask(session)
-                except self._transient as error:
+                except TRANSIENT_ERRORS as error:
                     log.warning("waiting", world="PostgreSQL", error=error)
                     if session is not None:
                         await session.close()

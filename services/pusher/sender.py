@@ -27,7 +27,7 @@ from aiolimiter import AsyncLimiter
 
 from services.pusher import delivery
 from services.pusher.brake import Brake
-from services.pusher.delivery import TRANSIENT_ERRORS, AsyncConnection, Key
+from services.pusher.delivery import AsyncConnection, Key
 from services.pusher.intents import (
     Action,
     Answer,
@@ -43,6 +43,7 @@ from services.pusher.intents import (
 )
 from services.pusher.pausing import PausedMeters
 from services.pusher.sinks import Sink
+from services.streaming.database import TRANSIENT_ERRORS
 from services.streaming.faults import fault_point
 from services.streaming.observe import Status
 from services.wire import metrics
@@ -193,7 +194,6 @@ class Sender:
             sink.takes,
             clock=clock,
             on_change=self._meters_are_back,
-            transient=TRANSIENT_ERRORS,
         )
 
     # -- Life ----------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from services.pusher.sinks import Call, Sink
 from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.webhook import WebhookSink
 from services.streaming.chunks import Chunk, Partition
+from services.streaming.database import TRANSIENT_ERRORS
 from services.stripe_simulator import SimulatorConfig
 from services.wire.codec import Decoder, Encoder, Record
 from services.wire.errors import Broken, Misconfigured
@@ -531,7 +532,7 @@ def test_a_transaction_that_idled_too_long_is_written_again(world: World) -> Non
     async def scenario() -> None:
         session = await delivery.connect(world.dsn, "test")
         await session.execute("SET idle_in_transaction_session_timeout = '50ms'")
-        with pytest.raises(delivery.TRANSIENT_ERRORS):
+        with pytest.raises(TRANSIENT_ERRORS):
             async with session.transaction():
                 await session.execute("SELECT 1")
                 await asyncio.sleep(0.5)
