@@ -41,13 +41,14 @@ import aiohttp
 import psutil
 from litestar import Litestar
 
-from services.ingest.adjustments import AdjustmentStore
-from services.ingest.answers import RequestRefused, answer_of
+from services.ingest.answers import answer_of
 from services.ingest.app import Ingest, create_app
 from services.ingest.kafka import Delivery
-from services.ingest.keys import KeyRow, KeyStore, NewKey
-from services.ingest.limits import Limits, read_body
+from services.ingest.limits import Limits
 from services.ingest.parse import JSON, caller_of, read_batch
+from services.web.bodies import read_body
+from services.web.keys import KeyRow, KeyStore, NewKey
+from services.web.problems import RequestRefused
 from services.wire.settings import Settings
 
 SECRET = "benchmark" * 4 + "benchma"
@@ -96,7 +97,7 @@ def starlette_app() -> Any:
     from starlette.responses import Response
     from starlette.routing import Route
 
-    ingest = Ingest(Acknowledging(), KeyStore(OneKey()), AdjustmentStore(lambda: ""), LIMITS)
+    ingest = Ingest(Acknowledging(), KeyStore(OneKey()), LIMITS)
 
     async def endpoint(request: Any) -> Any:
         try:

@@ -49,7 +49,7 @@ def list_adjustments(
 
     Example: tidemeter adjustments list --tenant acme
     """
-    from services.ingest.adjustments import STATES, find
+    from services.console.adjustments import STATES, find
 
     states = STATES if state is State.ALL else [state.value]
     with sentences(), database() as db:
@@ -96,7 +96,7 @@ def reject(
 
 
 def _decide(adjustment_ids: list[str], approved: bool, by: str | None, as_json: bool) -> None:
-    from services.ingest.adjustments import Decision, TooOldForStripe, UnknownAdjustment, decide
+    from services.console.adjustments import Decision, TooOldForStripe, UnknownAdjustment, decide
 
     decisions: list[Decision] = []
     refused: Exception | None = None

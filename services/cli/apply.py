@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.cli.common import MISUSED, JsonFlag, database, fail, sentences
-from services.counters.periods import Calendar, calendar_text, in_zone
 from services.wire.errors import Invalid, Misconfigured
+from services.wire.periods import Calendar, calendar_text, in_zone
 from services.wire.settings import Settings, load_settings
 from services.wire.usage import PROPERTY_KEY_CHARS_MAX, parse_timestamp
 

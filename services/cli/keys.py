@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from services.cli.common import MISUSED, JsonFlag, database, fail, sentences
-from services.ingest.keys import SCOPES, generate_key
+from services.web.keys import SCOPES, generate_key
 
 keys_app = typer.Typer(name="keys", help="Create, list and revoke API keys.", no_args_is_help=True)
 

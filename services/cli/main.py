@@ -44,9 +44,10 @@ def openapi() -> None:
 
     Example: tidemeter openapi > openapi.json
     """
+    from services.console.routes import ROUTES
     from services.ingest.app import openapi_document
 
-    json.dump(openapi_document(), sys.stdout, indent=2)
+    json.dump(openapi_document(ROUTES), sys.stdout, indent=2)
     print()
 
 

@@ -17,7 +17,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
-from services.ingest.answers import RequestRefused
 from services.ingest.parse import (
     EVENT_FIELDS,
     JSON,
@@ -27,6 +26,7 @@ from services.ingest.parse import (
     read_batch,
     refusal_of,
 )
+from services.web.problems import RequestRefused
 from services.wire.errors import Invalid, Misconfigured
 from services.wire.usage import UsageEvent, to_record
 

@@ -24,10 +24,11 @@ def ingest(
 
     Example: tidemeter ingest --port 8080
     """
+    from services.console.routes import ROUTES
     from services.ingest.app import run
 
     with sentences():
-        run(load_settings(http_port=port))
+        run(load_settings(http_port=port), ROUTES)
 
 
 def counters() -> None:

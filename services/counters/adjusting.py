@@ -9,10 +9,10 @@ import psycopg
 
 from services.counters import buckets
 from services.counters.config import TENANT_CALENDAR, Meter
-from services.counters.periods import hour_start
 from services.counters.prepare import Account, Item
 from services.counters.windows import OLDEST_US, add
 from services.streaming.faults import fault_point
+from services.wire.periods import hour_start
 from services.wire.pgarrays import register
 from services.wire.times import instant, micros
 from services.wire.usage import QUANTITY_UNIT

@@ -14,9 +14,9 @@ from typing import Any, LiteralString
 
 import psycopg
 
-from services.counters.periods import HOUR_US, Calendar
 from services.counters.prepare import Bucket, Item
 from services.wire.errors import require
+from services.wire.periods import HOUR_US, Calendar
 from services.wire.pgarrays import int8_array, timestamp_array, timestamp_of, uuid_array
 from services.wire.usage import QUANTITY_UNIT
 

@@ -22,10 +22,10 @@ import psycopg
 
 from services.counters.config import TENANT_CALENDAR
 from services.counters.ledger import GROUP
-from services.counters.periods import Calendar, hour_start
 from services.counters.windows import OLDEST_US
 from services.streaming.faults import fault_point
 from services.streaming.outbox import enqueue
+from services.wire.periods import Calendar, hour_start
 from services.wire.records import ops_event
 from services.wire.times import instant, micros
 

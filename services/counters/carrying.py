@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import LiteralString
 
 from services.counters.changed import ChangedHour, ChangedPeriod, Connection, Periods, numerics, read_kept
-from services.counters.periods import hour_start
+from services.wire.periods import hour_start
 from services.wire.pgarrays import timestamp_array, uuid_array
 from services.wire.records import OutboxRow, ops_event
 

@@ -9,7 +9,7 @@ from typing import Any, LiteralString
 
 import psycopg
 
-from services.counters.periods import Calendar
+from services.wire.periods import Calendar
 from services.wire.pgarrays import timestamp_array, timestamp_of, uuid_array
 
 ITEMS_PER_ROUND = 2000

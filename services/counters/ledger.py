@@ -25,7 +25,6 @@ import psycopg
 
 from services.counters import buckets
 from services.counters.config import Configuration, load_configuration, read_version
-from services.counters.periods import HOUR_US
 from services.counters.prepare import (
     DAY_US,
     OUTCOMES,
@@ -43,6 +42,7 @@ from services.streaming.outbox import enqueue
 from services.streaming.worker import Applied
 from services.wire import metrics
 from services.wire.errors import OffsetGap, Transient, require
+from services.wire.periods import HOUR_US
 from services.wire.pgarrays import int8_array, register, uuid_array
 from services.wire.records import OutboxRow, ops_event
 from services.wire.topics import USAGE_VERSIONS

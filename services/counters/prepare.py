@@ -13,11 +13,11 @@ from typing import Literal
 
 from schemas.catalog import Schema, current, released
 from services.counters.config import Configuration, Meter
-from services.counters.periods import Calendar
 from services.streaming.chunks import Chunk, RawRecord
 from services.wire import topics
 from services.wire.codec import SCHEMA_HEADER, Decoder, Record
 from services.wire.errors import Invalid, Undecodable, UnknownSchema
+from services.wire.periods import Calendar
 from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
 from services.wire.usage import (
     EARLIEST_US,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from schemas.catalog import current
-from services.counters.periods import hour_start
 from services.streaming.chunks import Chunk
 from services.wire import topics
 from services.wire.codec import Encoder
+from services.wire.periods import hour_start
 from services.wire.records import OutboxRow, ops_event
 from services.wire.times import instant
 from services.wire.usage import QUANTITY_UNIT, record_key

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from enum import Enum
 
-from services.counters.periods import HOUR_US
 from services.counters.prepare import DAY_US, Bucket, Item
 from services.wire.errors import require
+from services.wire.periods import HOUR_US
 
 
 class Arrival(Enum):

@@ -26,8 +26,8 @@ from services.demo.oracle import expect
 from services.demo.proof import Proof, prove
 from services.demo.traffic import METERS, TENANTS, Planned, customers, plan
 from services.embedded.stack import SIMULATOR_KEY, Stack
-from services.ingest.keys import generate_key
 from services.producer import UsageProducer
+from services.web.keys import generate_key
 from services.wire.codec import Encoder
 from services.wire.kafka import producer_config
 from services.wire.settings import PREFIX, Settings, load_settings

@@ -7,7 +7,6 @@ Promises an event is called accepted only after every in-sync replica has acknow
 Fails   closed: Kafka away or silent is 503 with per-event ``unavailable``; a key that cannot be verified is
         401, or 503 once PostgreSQL has been away for more than five minutes.
 
-``limits`` bounds and inflates bodies · ``parse`` is pure: body → events · ``keys`` verifies API keys ·
-``kafka`` publishes without blocking the event loop · ``answers`` and ``docs`` say what clients get ·
-``health`` · ``app`` has the routes.
+``limits`` bounds requests · ``parse`` is pure: body → events · ``kafka`` publishes without blocking the
+event loop · ``answers`` and ``docs`` say what clients get · ``health`` · ``app`` has the route.
 """

@@ -1,4 +1,4 @@
-"""What the API answers: one result per event, or one problem for a whole request.
+"""What the API answers to usage: one result per event.
 
 Answers name a field and a stable code. They never repeat a value that was sent, except the idempotency key of
 an event, by which a client finds it.
@@ -6,21 +6,15 @@ an event, by which a client finds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 
-from services.wire.errors import TidemeterError
+from services.web.problems import Code, Message, Path
 
-Code = Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$", description="Stable reason code.")]
-Path = Annotated[str, msgspec.Meta(description="Field at fault, such as `events[0].quantity`.")]
-Message = Annotated[str, msgspec.Meta(description="For people; may change between releases.")]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Status = Literal["accepted", "rejected", "unavailable"]
-
-#: Seconds a client is told to wait before it retries a 503 or 429.
-RETRY_AFTER_S = 2
 
 
 class Result(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -46,32 +40,6 @@ class IngestAnswer(msgspec.Struct, frozen=True):
     rejected: Count
     unavailable: Count
     results: list[Result]
-
-
-class Problem(msgspec.Struct, omit_defaults=True, frozen=True):
-    """Why a request was refused as a whole; no event of it was stored."""
-
-    code: Code
-    message: Message
-    path: Path | None = None
-
-
-class RequestRefused(TidemeterError):
-    """The whole request gets ``status`` and a :class:`Problem`; ``headers`` are added to the answer."""
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        path: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(f"{status} {code}")
-        self.status = status
-        self.problem = Problem(code, message, path)
-        self.headers = dict(headers or {})
 
 
 def answer_of(results: Sequence[Result]) -> tuple[int, IngestAnswer]:

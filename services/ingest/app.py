@@ -7,43 +7,31 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import structlog
-import uvicorn
-from litestar import Litestar, MediaType, Request, Response, get, post
+from litestar import Litestar, Request, Response, post
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException, ValidationException
-from litestar.types import ControllerRouterHandler, HTTPScope, Receive, Send
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from litestar.types import ControllerRouterHandler
 
 from schemas.catalog import check_catalog, current
-from services.ingest.adjustment_routes import approve_adjustment, list_adjustments, reject_adjustment
-from services.ingest.adjustments import AdjustmentStore
-from services.ingest.answers import (
-    RETRY_AFTER_S,
-    IngestAnswer,
-    Problem,
-    RequestRefused,
-    Result,
-    answer_of,
-)
-from services.ingest.docs import INGEST_RESPONSES, IngestOperation, documented, openapi_config
-from services.ingest.health import Checks, Live, Readiness
+from services.ingest.answers import IngestAnswer, Result, answer_of
+from services.ingest.docs import INGEST_RESPONSES, IngestOperation, openapi_config
+from services.ingest.health import Checks
 from services.ingest.kafka import Delivery, KafkaPublisher, UsagePublisher
-from services.ingest.keys import KeyStore, PostgresKeyRows
-from services.ingest.limits import Limits, RateLimit, read_body
+from services.ingest.limits import Limits, RateLimit
 from services.ingest.parse import JSON, MEDIA_TYPES, Batch, Refusal, caller_of, read_batch
+from services.web.app import serve, web_app
+from services.web.bodies import read_body
+from services.web.database import DatabasePool
+from services.web.keys import KeyStore, PostgresKeyRows
+from services.web.problems import RETRY_AFTER_S, RequestRefused
 from services.wire.codec import Encoder, Record
 from services.wire.errors import Invalid
 from services.wire.log import configure_logging
-from services.wire.metrics import HTTP_REQUESTS, HTTP_SECONDS, INGEST_EVENTS
+from services.wire.metrics import INGEST_EVENTS
 from services.wire.settings import Settings
 from services.wire.topics import USAGE_CURRENT
 from services.wire.usage import encode_usage, record_key, usage_encoder
 
 SOURCE = "api"
-SHUTDOWN_S = 15
-
-log = structlog.get_logger(__name__)
 
 
 class Ingest:
@@ -53,13 +41,11 @@ class Ingest:
         self,
         publisher: UsagePublisher,
         keys: KeyStore,
-        adjustments: AdjustmentStore,
         limits: Limits,
         encoder: Encoder | None = None,
     ) -> None:
         self.publisher = publisher
         self.keys = keys
-        self.adjustments = adjustments
         self.limits = limits
         self.encoder = encoder or usage_encoder()
         self.rate = RateLimit(limits, time.monotonic)
@@ -162,114 +148,6 @@ async def _chunks(request: Request[Any, Any, State]) -> AsyncIterator[bytes]:
             return
 
 
-@get("/health/live", summary="Does the process answer?", tags=["operation"], operation_id="live")
-async def live() -> Live:
-    """Always 200 while the process runs."""
-    return Live()
-
-
-@get(
-    "/health/ready",
-    summary="Can events be accepted?",
-    tags=["operation"],
-    operation_id="ready",
-    responses={503: documented("Unhealthy: no event can be accepted; the reasons say why.", Readiness)},
-    response_description="Healthy, or degraded: the reasons say what does not work.",
-)
-async def ready(state: State) -> Response[Readiness]:
-    """The state of Kafka and PostgreSQL as this process sees them, at most a second old."""
-    readiness = await state.ingest.checks.readiness()
-    return Response(readiness, status_code=503 if readiness.status == "unhealthy" else 200)
-
-
-@get(
-    "/metrics",
-    summary="Prometheus metrics",
-    tags=["operation"],
-    operation_id="metrics",
-    media_type=MediaType.TEXT,
-)
-async def metrics() -> Response[str]:
-    """Text exposition format."""
-    return Response(generate_latest().decode(), media_type=CONTENT_TYPE_LATEST.partition("; charset")[0])
-
-
-@get("/openapi.json", include_in_schema=False)
-async def openapi_json(request: Request[Any, Any, State]) -> dict[str, Any]:
-    """The document that ``/docs`` shows."""
-    return request.app.openapi_schema.to_schema()
-
-
-class _Metered(Litestar):
-    """Counts and times every request, those that match no route too."""
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
-            return
-        await self._metered(scope, receive, send)
-
-    async def _metered(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        started_s = time.perf_counter()
-        status = 500
-
-        async def observed(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await super().__call__(scope, receive, observed)
-        finally:
-            route = scope.get("path_template") or "unmatched"
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            HTTP_REQUESTS.labels(route, method, str(status)).inc()
-            HTTP_SECONDS.labels(route, method).observe(time.perf_counter() - started_s)
-
-
-_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
-
-
-def _refusal_answer(_: Request[Any, Any, State], error: RequestRefused) -> Response[Problem]:
-    return Response(error.problem, status_code=error.status, headers=error.headers)
-
-
-def _http_answer(_: Request[Any, Any, State], error: HTTPException) -> Response[Problem]:
-    """Errors of the framework, without its details: those may quote the request."""
-    if isinstance(error, ValidationException):  # only parameters are left to the framework
-        extra = error.extra if isinstance(error.extra, list) else []
-        name = next((one["key"].rstrip("_") for one in extra if isinstance(one, dict) and "key" in one), None)
-        problem = Problem("parameter_invalid", "takes other values than this; see /docs", name)
-        return Response(problem, status_code=400)
-    code, message = _HTTP_PROBLEMS.get(error.status_code, ("refused", "the request was refused"))
-    if error.status_code >= 500:
-        log.error("http.failed", error=type(error).__name__)
-    return Response(Problem(code, message), status_code=error.status_code, headers=error.headers)
-
-
-_HTTP_PROBLEMS = {
-    400: ("request_invalid", "the request is malformed"),
-    404: ("not_found", "there is nothing here; the routes are at /docs"),
-    405: ("method_not_allowed", "this route has other methods; see the Allow header"),
-    500: ("internal_error", "a defect on our side; it was logged"),
-}
-
-
-def _unexpected_answer(request: Request[Any, Any, State], error: Exception) -> Response[Problem]:
-    trace, frames = error.__traceback__, []
-    while trace is not None:
-        frames.append(f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    log.error(
-        "http.unexpected",
-        error=type(error).__name__,
-        route=request.scope.get("path_template"),
-        frames=frames[-5:],
-    )
-    return Response(Problem(*_HTTP_PROBLEMS[500]), status_code=500)
-
-
 def _encoder(settings: Settings) -> Encoder:
     if settings.schema_registry_url is None:
         return usage_encoder()
@@ -305,49 +183,28 @@ def create_app(
                 settings.kafka(), USAGE_CURRENT, encoder.headers, ack_timeout_s=limits.ack_timeout_s
             ),
             keys or KeyStore(PostgresKeyRows(settings.postgres())),
-            AdjustmentStore(settings.postgres),
             limits,
             encoder,
         )
-        await app.state.ingest.keys.open()
+        app.state.key_store = app.state.ingest.keys
+        app.state.readiness = app.state.ingest.checks.readiness
+        app.state.database = DatabasePool(settings.postgres)
+        await app.state.key_store.open()
 
     async def stop(app: Litestar) -> None:
         await app.state.ingest.publisher.close()
-        await app.state.ingest.keys.close()
-        await asyncio.to_thread(app.state.ingest.adjustments.close)
+        await app.state.key_store.close()
+        await asyncio.to_thread(app.state.database.close)
 
-    return _Metered(
-        [
-            ingest_events,
-            list_adjustments,
-            approve_adjustment,
-            reject_adjustment,
-            live,
-            ready,
-            metrics,
-            openapi_json,
-            *routes,
-        ],
-        on_startup=[start],
-        on_shutdown=[stop],
-        openapi_config=openapi_config(),
-        exception_handlers={
-            RequestRefused: _refusal_answer,
-            HTTPException: _http_answer,
-            Exception: _unexpected_answer,
-        },
-        logging_config=None,
-        debug=False,
-        request_max_body_size=None,
-    )
+    return web_app([ingest_events, *routes], start=start, stop=stop, openapi=openapi_config())
 
 
-def openapi_document() -> dict[str, Any]:
+def openapi_document(routes: Sequence[ControllerRouterHandler] = ()) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the API."""
-    return create_app(Settings.model_construct()).openapi_schema.to_schema()
+    return create_app(Settings.model_construct(), routes=routes).openapi_schema.to_schema()
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, routes: Sequence[ControllerRouterHandler] = ()) -> None:
     """Serve until SIGTERM or SIGINT; then finish open requests, flush to Kafka, and return.
 
     Raises:
@@ -357,14 +214,4 @@ def run(settings: Settings) -> None:
     settings.kafka()
     settings.postgres()
     configure_logging(settings.log_level, settings.log_format, service="ingest")
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.http_host,
-        port=settings.http_port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=SHUTDOWN_S,
-    )
-    uvicorn.Server(config).run()
+    serve(create_app(settings, routes=routes), settings.http_host, settings.http_port)

@@ -23,9 +23,11 @@ from litestar.openapi.spec import (
 )
 from litestar.openapi.spec.enums import OpenAPIFormat
 
-from services.ingest.answers import IngestAnswer, Problem
+from services.ingest.answers import IngestAnswer
 from services.ingest.limits import Limits
 from services.ingest.parse import CLOUDEVENT, CLOUDEVENT_BATCH, HEADER_KEY_PATTERN, JSON
+from services.web.docs import documented
+from services.web.problems import Problem
 from services.wire.usage import (
     CUSTOMER_CHARS_MAX,
     IDEMPOTENCY_KEY_CHARS_MAX,
@@ -255,11 +257,6 @@ class IngestOperation(Operation):
         ]
 
 
-def documented(description: str, container: Any) -> ResponseSpec:
-    """An answer with a body of type ``container``."""
-    return ResponseSpec(data_container=container, description=description, generate_examples=False)
-
-
 #: Every answer to a POST of events but 202.
 INGEST_RESPONSES: dict[int, ResponseSpec] = {
     207: documented("Some events are accepted, others refused; see each result.", IngestAnswer),
@@ -275,26 +272,6 @@ INGEST_RESPONSES: dict[int, ResponseSpec] = {
         "Wait for Retry-After and send them again with the same keys.",
         IngestAnswer | Problem,
     ),
-}
-
-
-_ABOUT_ADJUSTMENTS: dict[int, ResponseSpec] = {
-    401: documented("No API key, or one that is wrong, expired or revoked.", Problem),
-    403: documented("The key lacks the scope.", Problem),
-    500: documented("A defect on our side.", Problem),
-    503: documented("PostgreSQL does not answer; wait for Retry-After and try again.", Problem),
-}
-#: Every answer to a list of adjustments but 200.
-LIST_RESPONSES: dict[int, ResponseSpec] = {
-    400: documented("A parameter that does not exist, or a value that it does not take.", Problem),
-    **_ABOUT_ADJUSTMENTS,
-}
-#: Every answer to a decision but 200.
-DECIDE_RESPONSES: dict[int, ResponseSpec] = {
-    400: documented("The request is malformed.", Problem),
-    404: documented("No adjustment has this id, or it is of another tenant.", Problem),
-    409: documented("It was decided the other way before, or it is too old to be approved.", Problem),
-    **_ABOUT_ADJUSTMENTS,
 }
 
 

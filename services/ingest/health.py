@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Literal, Protocol
+from typing import Protocol
 
-import msgspec
-
-from services.ingest.keys import OUTAGE_S
+from services.web.health import SEVERITY, Check, Health, Readiness
+from services.web.keys import OUTAGE_S
 from services.wire.errors import Transient
-
-Health = Literal["healthy", "degraded", "unhealthy"]
 
 #: An answer is reused for this long, so that probes cost the brokers and the database next to nothing.
 REUSE_S = 1.0
-
-
-class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing the API depends on."""
-
-    status: Health
-    reason: Annotated[str | None, msgspec.Meta(description="What is wrong and what it means.")] = None
-
-
-class Readiness(msgspec.Struct, frozen=True):
-    """The worst of the checks, and each of them."""
-
-    status: Health
-    checks: dict[str, Check]
-
-
-class Live(msgspec.Struct, frozen=True):
-    """The process answers."""
-
-    status: Literal["alive"] = "alive"
 
 
 class Publisher(Protocol):
@@ -65,7 +42,7 @@ class Checks:
         async with self._asking:
             if time.monotonic() - self._asked_s > REUSE_S:
                 kafka, postgres = await asyncio.gather(self._kafka(), self._postgres())
-                worst: Health = max((kafka.status, postgres.status), key=_SEVERITY.index)
+                worst: Health = max((kafka.status, postgres.status), key=SEVERITY.index)
                 self._last = Readiness(worst, {"kafka": kafka, "postgres": postgres})
                 self._asked_s = time.monotonic()
             return self._last
@@ -85,6 +62,3 @@ class Checks:
                 return Check("degraded", f"{error}; only keys verified in the last five minutes work")
             return Check("unhealthy", f"{error}; no key can be verified")
         return Check("healthy")
-
-
-_SEVERITY: tuple[Health, ...] = ("healthy", "degraded", "unhealthy")

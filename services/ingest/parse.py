@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from services.ingest.answers import RequestRefused
+from services.web.problems import RequestRefused
 from services.wire.codec import Record
 from services.wire.errors import Invalid
 from services.wire.usage import (

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ import structlog
 
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
+from services.wire import metrics
 from services.wire.errors import require
 from services.wire.kafka import AckedProducer
+from services.wire.ops import NAME_HEADER
 from services.wire.records import OutboxRow
 from services.wire.settings import Settings
 
@@ -163,6 +166,9 @@ def _relay(
             db.execute("DELETE FROM outbox WHERE outbox_id = ANY(%s)", ([row[0] for row in rows],))
         fault_point("relay.after_delete")
         sent += len(records)
+        for name, number in Counter(row[4].get(NAME_HEADER) for row in rows).items():
+            if name is not None:
+                metrics.OPS_EVENTS.labels(name).inc(number)
         if len(rows) < rows_max:
             return sent
 

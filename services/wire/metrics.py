@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.wire.ops import NAMES
+
 #: Requests by route template and answer. Worry when 5xx of a route rises.
 HTTP_REQUESTS = Counter("http_requests", "HTTP requests answered.", ["route", "method", "status_code"])
 #: How long requests take, seconds. Worry when the 95th percentile of /v1/events/ingest passes 0.2 s.
@@ -31,6 +33,12 @@ HALTED = Gauge(
 )
 #: Rows waiting in the outbox. Worry when it stays above 0.
 OUTBOX = Gauge("tidemeter_outbox_rows", "Records decided but not yet on Kafka.", ["producer"])
+#: Ops events by name, counted once Kafka has them. Worry by name: deploy/ALERTS.md.
+OPS_EVENTS = Counter("tidemeter_ops_events", "Ops events sent.", ["name"])
+for _name in sorted(NAMES):
+    OPS_EVENTS.labels(_name)  # from 0 on, so that the first one is an increase
+#: Parked records that wait for a fix or a person, by kind. Worry when it grows.
+PARKED = Gauge("tidemeter_parked_records", "Parked records that are not settled.", ["kind", "reason"])
 #: Retries of a chunk because Kafka or PostgreSQL was away.
 RETRIES = Counter("tidemeter_retries", "Retries after a transient failure.", ["stage"])
 
@@ -44,3 +52,12 @@ METERS_PAUSED = Gauge("tidemeter_meters_paused", "Meters that wait until Stripe 
 STRIPE_CALLS = Counter("tidemeter_stripe_calls", "Calls to Stripe.", ["result"])
 #: Time of one call to Stripe, seconds.
 STRIPE_SECONDS = Histogram("tidemeter_stripe_call_seconds", "Time of one call to Stripe.")
+
+#: Webhook requests by endpoint and answer. Worry when anything but accepted rises.
+WEBHOOKS = Counter("tidemeter_webhooks", "Webhook requests answered.", ["endpoint", "result"])
+#: Runs of webhook handlers by state: received, processing, failed and dead. Worry when dead is above 0.
+WEBHOOK_RUNS = Gauge("tidemeter_webhook_runs", "Webhook runs that are not done.", ["state"])
+#: Attempts of webhook handlers by what came of them.
+WEBHOOK_ATTEMPTS = Counter("tidemeter_webhook_attempts", "Attempts of webhook handlers.", ["result"])
+#: Mails by what came of them. Worry when dead rises.
+NOTIFICATIONS = Counter("tidemeter_notifications", "Mails to operators.", ["result"])

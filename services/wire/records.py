@@ -14,6 +14,8 @@ from typing import Final
 
 from schemas.catalog import current
 from services.wire.codec import Encoder
+from services.wire.errors import require
+from services.wire.ops import NAME_HEADER, NAMES
 from services.wire.topics import OPS
 
 ERROR_PREFIX: Final = "tidemeter-error-"
@@ -96,7 +98,12 @@ def ops_event(
     at_us: int,
     attributes: Mapping[str, str] | None = None,
 ) -> OutboxRow:
-    """An ops event: identifiers, counts and codes only. The same transition always gets the same id."""
+    """An ops event: identifiers, counts and codes only. The same transition always gets the same id.
+
+    Raises:
+        Broken: the name is not in the catalogue.
+    """
+    require(name in NAMES, f"{name} is not in the catalogue of ops events")
     identity = json.dumps([name, subject_type, subject_id, source])
     encoder = Encoder(current("ops_event"))
     value = encoder.encode(
@@ -110,5 +117,4 @@ def ops_event(
             "at": at_us,
         }
     )
-    headers = {header: text.decode() for header, text in encoder.headers}
-    return OutboxRow(OPS, subject_id.encode(), value, headers)
+    return OutboxRow(OPS, subject_id.encode(), value, {**encoder.header_texts, NAME_HEADER: name})

@@ -116,6 +116,42 @@ class Settings(BaseSettings):
         300.0, ge=0, le=86_400, description="No push of a period begins this close to its final invoice."
     )
 
+    bridge_host: str = Field("127.0.0.1", description="Address the webhook bridge listens on.")
+    bridge_port: int = Field(8081, ge=0, le=65535, description="Port the webhook bridge listens on.")
+    webhook_secrets: SecretStr | None = Field(
+        None,
+        description="Signing secrets of webhooks: `endpoint=whsec_…[,whsec_…]`, one endpoint to a line.",
+    )
+    webhook_handlers: str | None = Field(
+        None, description="Own webhook handlers, as `module:name`, separated by commas."
+    )
+    webhook_concurrency: int = Field(4, ge=1, le=64, description="Webhook handlers that run at once.")
+    webhook_attempts_max: int = Field(25, ge=1, le=25, description="Attempts of a webhook handler.")
+    webhook_retry_seconds: float = Field(
+        1.0, gt=0, le=3600, description="Pause after the first failed attempt; it doubles each time."
+    )
+    webhook_retry_max_seconds: float = Field(3600.0, gt=0, le=86_400, description="That pause, at most.")
+    webhook_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Time limit of an own handler.")
+    webhook_succeeded_days: int = Field(14, ge=-1, description="Succeeded webhooks are kept; -1 for ever.")
+    webhook_dead_days: int = Field(90, ge=-1, description="Dead webhooks are kept; -1 for ever.")
+    parked_auto_redrive: bool = Field(
+        False, description="Re-drive parked records by themselves once a fix for them is there."
+    )
+    parked_settled_days: int = Field(
+        90, ge=-1, description="Parked records that are settled are kept; -1 for ever."
+    )
+    dunning_days: int = Field(
+        14, ge=0, le=365, description="A subscription past due for longer counts as exhausted."
+    )
+    card_expiry_days: int = Field(30, ge=1, le=365, description="Cards are told of so long before they end.")
+    smtp_host: str | None = Field(None, description="Mail server for notifications; unset for none.")
+    smtp_port: int = Field(587, ge=1, le=65535, description="Its port.")
+    smtp_tls: Literal["starttls", "tls", "none"] = Field("starttls", description="How it is encrypted.")
+    smtp_username: str | None = Field(None, description="User at the mail server.")
+    smtp_password: SecretStr | None = Field(None, description="Password at the mail server.")
+    mail_from: str | None = Field(None, description="Sender of notifications.")
+    mail_to: str | None = Field(None, description="Who gets notifications, separated by commas.")
+
     stripe_api_key: SecretStr | None = Field(None, description="Restricted Stripe key for meter events.")
     stripe_api_base: str | None = Field(
         None, description="Base address of the Stripe API; unset for Stripe's own."

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import psycopg
 
+from services.console.adjustments import decide
 from services.counters.adjusting import apply_approved
 from services.counters.calendars import carry_out_changes
 from services.counters.closing import close_round
@@ -25,7 +26,6 @@ from services.counters.conservation import conservation
 from services.counters.deltas import Invoices
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
-from services.ingest.adjustments import decide
 from services.pusher.giving_back import GiveBack, Returned
 from services.streaming import offsets
 from services.streaming.chunks import Chunk, Partition

@@ -18,8 +18,8 @@ from confluent_kafka import Consumer, TopicPartition
 from pydantic import SecretStr
 
 from services.ingest.app import create_app
-from services.ingest.keys import NewKey, generate_key
 from services.ingest.limits import Limits
+from services.web.keys import NewKey, generate_key
 from services.wire.codec import Decoder, Record
 from services.wire.errors import Poison
 from services.wire.settings import Settings

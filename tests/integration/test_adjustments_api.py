@@ -19,18 +19,19 @@ from typer.testing import CliRunner, Result
 
 from services.cli.common import MISUSED
 from services.cli.main import app as command
-from services.ingest.adjustments import (
+from services.console.adjustments import (
     PUSHABLE,
-    AdjustmentStore,
     Decision,
     TooOldForStripe,
     UnknownAdjustment,
     decide,
     find,
 )
+from services.console.routes import ROUTES
 from services.ingest.app import create_app, openapi_document
 from services.ingest.kafka import Delivery
-from services.ingest.keys import KeyStore, PostgresKeyRows
+from services.web.database import DatabasePool
+from services.web.keys import KeyStore, PostgresKeyRows
 from services.wire.errors import Transient
 from services.wire.settings import Settings
 from tests.integration.ingest_serving import new_key
@@ -68,6 +69,7 @@ def serving(keys_at: str, adjustments_at: str) -> TestClient[Litestar]:
         Settings.model_construct(postgres_dsn=SecretStr(adjustments_at)),
         producer=NoKafka(),
         keys=KeyStore(PostgresKeyRows(keys_at)),
+        routes=ROUTES,
     )
     return TestClient(app, raise_server_exceptions=False)
 
@@ -389,19 +391,19 @@ def test_while_postgresql_is_away_the_answer_is_to_try_again(db: Connection, pos
 
 
 def test_a_store_that_was_never_asked_has_no_connection_and_can_be_closed_twice(postgres_dsn: str) -> None:
-    unused = AdjustmentStore(lambda: pytest.fail("asked for an address"))
+    unused = DatabasePool(lambda: pytest.fail("asked for an address"))
     unused.close()
-    used = AdjustmentStore(lambda: postgres_dsn)
+    used = DatabasePool(lambda: postgres_dsn)
     with used.connection() as db:
         assert find(db) == []
     used.close()
     used.close()
-    with pytest.raises(Transient), AdjustmentStore(lambda: NOWHERE).connection():
+    with pytest.raises(Transient), DatabasePool(lambda: NOWHERE).connection():
         pass
 
 
 def test_the_routes_are_documented_with_their_parameters_and_refusals() -> None:
-    paths = openapi_document()["paths"]
+    paths = openapi_document(ROUTES)["paths"]
     listing = paths["/v1/adjustments"]["get"]
     assert {one["name"] for one in listing["parameters"]} == {
         *("state", "tenant", "meter", "customer", "after", "limit")

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 
+from services.console.adjustments import decide
 from services.embedded import kafka_tool
-from services.ingest.adjustments import decide
 from tests.conftest import Servers
 from tests.oracle import DAY_S, HOUR_S, Usage, published, unframe
 from tests.pipeline import GROUP, TOPICS, Coordinates, Pipeline, Read, Worker, trim_topics, until

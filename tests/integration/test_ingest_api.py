@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from services.ingest.keys import FRESH_S, generate_key
+from services.web.keys import FRESH_S, generate_key
 from services.wire.topics import USAGE_CURRENT
 from tests.integration.ingest_serving import Serving, new_tenant, records_of, serving
 

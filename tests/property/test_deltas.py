@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from schemas.catalog import current, released
 from services.counters.changed import ChangedHour, ChangedItem, ChangedPeriod
 from services.counters.deltas import DeltaWriter, Invoices
-from services.counters.periods import Calendar
 from services.streaming.outbox import PACK_BYTES_MAX, packed, unpack
 from services.wire.codec import Encoder
 from services.wire.errors import Broken
+from services.wire.periods import Calendar
 
 HOUR, SECOND = 3_600_000_000, 1_000_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.counters.periods import Calendar
+from services.wire.periods import Calendar
 
 ZONES = (
     "UTC",

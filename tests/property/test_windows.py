@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from services.counters.config import Configuration
 from services.counters.ledger import FirstSeen, _decide
-from services.counters.periods import Calendar
 from services.counters.prepare import OUTCOMES, Account, Item, Preparer
 from services.counters.windows import OLDEST_US, Arrival, add, classify
 from services.wire.codec import Decoder
 from services.wire.errors import Broken
+from services.wire.periods import Calendar
 from services.wire.pgarrays import EPOCH_US, MINUS_INFINITY
 from services.wire.usage import FUTURE_TOLERANCE_US
 from tests.records import ARRIVAL_US, DAY_US, HOUR_US, UNIT, Raw, chunk_of, configuration, encoded, meter, v3

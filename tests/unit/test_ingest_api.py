@@ -15,8 +15,8 @@ from litestar.testing import TestClient
 
 from services.ingest.app import create_app, openapi_document
 from services.ingest.kafka import Delivery
-from services.ingest.keys import KeyRow, KeyStore, generate_key
 from services.ingest.limits import Limits
+from services.web.keys import KeyRow, KeyStore, generate_key
 from services.wire.codec import Decoder, Record
 from services.wire.errors import Transient
 from services.wire.settings import Settings

@@ -8,8 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from services.ingest.answers import RequestRefused
-from services.ingest.keys import (
+from services.web.keys import (
     FRESH_S,
     OUTAGE_S,
     KeyRow,
@@ -19,6 +18,7 @@ from services.ingest.keys import (
     Scope,
     generate_key,
 )
+from services.web.problems import RequestRefused
 from services.wire.errors import Transient
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)

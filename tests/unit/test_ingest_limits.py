@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.ingest.answers import RequestRefused, Result, answer_of
-from services.ingest.limits import Limits, RateLimit, read_body
+from services.ingest.answers import Result, answer_of
+from services.ingest.limits import Limits, RateLimit
+from services.web.bodies import read_body
+from services.web.problems import RequestRefused
 
 LIMITS = Limits(body_bytes_max=100_000, ratio_max=50, ratio_from_bytes=10_000)
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest import parse
-from services.ingest.answers import RequestRefused
 from services.ingest.parse import (
     CLOUDEVENT,
     CLOUDEVENT_BATCH,
@@ -20,6 +19,7 @@ from services.ingest.parse import (
     cloudevent_key,
     read_batch,
 )
+from services.web.problems import RequestRefused
 from services.wire.usage import content_digest
 
 ACME = Caller("acme")

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from services.counters.periods import Calendar, calendar_text, hour_start, in_zone
 from services.wire.errors import Misconfigured
+from services.wire.periods import Calendar, calendar_text, hour_start, in_zone
 from services.wire.times import instant, micros
 
 HOUR_US = 3_600_000_000
@@ -158,7 +158,7 @@ def test_a_calendar_is_known_by_its_text() -> None:
 
 
 def test_many_calendars_share_their_zones_and_only_the_newest_are_kept() -> None:
-    from services.counters.periods import _parse
+    from services.wire.periods import _parse
 
     for number in range(10_050):
         Calendar.parse(f"1 month UTC {instant(number * HOUR_US * 10):%Y-%m-%dT%H:%M:%SZ}")

@@ -7,28 +7,21 @@ approved is the counters' part, within seconds: only they know where it belongs.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from threading import Lock
 from typing import Any, Literal, LiteralString, get_args
 
 import psycopg
-from psycopg.rows import TupleRow, dict_row
-from psycopg_pool import ConnectionPool, PoolTimeout, TooManyRequests
+from psycopg.rows import dict_row
 
-from services.wire.errors import TidemeterError, Transient
+from services.wire.errors import TidemeterError
 
 State = Literal["pending", "approved", "applied", "rejected"]
 STATES: tuple[State, ...] = get_args(State)
 
 #: Below Stripe's 35 days, with room for the push itself.
 PUSHABLE = timedelta(days=34, hours=12)
-
-CONNECTIONS_MAX = 4
-WAIT_S = 2.0
-SERVER_TIMEOUT_MS = 5000
 
 Key = tuple[datetime, uuid.UUID]
 Row = Mapping[str, Any]
@@ -148,57 +141,3 @@ def find(
         )
         .fetchall()
     )
-
-
-class AdjustmentStore:
-    """PostgreSQL for threads, connected at first use: a process that only takes usage has no such connection.
-
-    Apart from the pool that keys are verified with, so that nobody's list makes usage wait.
-    """
-
-    def __init__(self, dsn: Callable[[], str]) -> None:
-        self._dsn = dsn
-        self._lock = Lock()
-        self._pool: ConnectionPool[psycopg.Connection[TupleRow]] | None = None
-
-    @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
-        """A connection in autocommit mode.
-
-        Raises:
-            Transient: PostgreSQL does not answer within the time limit.
-        """
-        try:
-            with self._opened().connection() as connection:
-                yield connection
-        except (psycopg.OperationalError, PoolTimeout, TooManyRequests, OSError) as error:
-            raise Transient("PostgreSQL does not answer") from error
-
-    def close(self) -> None:
-        """Disconnect."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.close(timeout=WAIT_S)
-                self._pool = None
-
-    def _opened(self) -> ConnectionPool[psycopg.Connection[TupleRow]]:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ConnectionPool(
-                    self._dsn(),
-                    kwargs={
-                        "autocommit": True,
-                        "connect_timeout": int(WAIT_S),
-                        "options": f"-c statement_timeout={SERVER_TIMEOUT_MS}",
-                        "application_name": "tidemeter-ingest",
-                    },
-                    min_size=0,
-                    max_size=CONNECTIONS_MAX,
-                    max_waiting=64,
-                    timeout=WAIT_S,
-                    reconnect_timeout=WAIT_S,
-                    num_workers=1,
-                    check=ConnectionPool.check_connection,
-                    open=True,
-                )
-            return self._pool

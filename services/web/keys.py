@@ -28,7 +28,7 @@ import structlog
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
-from services.ingest.answers import RETRY_AFTER_S, RequestRefused
+from services.web.problems import RETRY_AFTER_S, RequestRefused
 from services.wire.errors import Transient
 
 Scope = Literal["ingest", "read", "adjust", "replay", "admin"]

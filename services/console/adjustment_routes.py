@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import psycopg
@@ -15,7 +14,7 @@ from litestar import Request, get, post
 from litestar.datastructures import State as AppState
 from litestar.params import Parameter
 
-from services.ingest.adjustments import (
+from services.console.adjustments import (
     STATES,
     Key,
     Row,
@@ -25,10 +24,9 @@ from services.ingest.adjustments import (
     decide,
     find,
 )
-from services.ingest.answers import RETRY_AFTER_S, RequestRefused
-from services.ingest.docs import DECIDE_RESPONSES, LIST_RESPONSES
-from services.ingest.keys import Scope
-from services.wire.errors import Transient
+from services.console.asking import ask, principal_of
+from services.console.docs import DECIDE_RESPONSES, LIST_RESPONSES
+from services.web.problems import RequestRefused
 from services.wire.times import instant, micros
 from services.wire.usage import (
     CUSTOMER_CHARS_MAX,
@@ -40,8 +38,6 @@ from services.wire.usage import (
 
 PAGE_MAX = 100
 _PARAMETERS = frozenset({"state", "tenant", "meter", "customer", "after", "limit"})
-
-Answer = TypeVar("Answer")
 
 
 class Adjustment(msgspec.Struct, frozen=True, rename="camel"):
@@ -139,7 +135,7 @@ async def list_adjustments(
         raise RequestRefused(
             400, "parameter_unknown", f"the parameters are {', '.join(sorted(_PARAMETERS))}", path="query"
         )
-    principal = await _principal(request, "read")
+    principal = await principal_of(request, "read")
 
     def page(db: psycopg.Connection[Any]) -> Sequence[Row]:
         return find(
@@ -153,7 +149,7 @@ async def list_adjustments(
             limit=limit + 1,
         )
 
-    rows = await _ask(request, page)
+    rows = await ask(request, page)
     more = len(rows) > limit
     return AdjustmentPage([_shown(row) for row in rows[:limit]], _cursor(rows[limit - 1]) if more else None)
 
@@ -190,9 +186,9 @@ async def reject_adjustment(request: Request[Any, Any, AppState], adjustment_id:
 
 
 async def _decide(request: Request[Any, Any, AppState], adjustment_id: str, *, approved: bool) -> Decided:
-    principal = await _principal(request, "adjust")
+    principal = await principal_of(request, "adjust")
     try:
-        decision = await _ask(
+        decision = await ask(
             request,
             lambda db: decide(
                 db,
@@ -218,31 +214,6 @@ async def _decide(request: Request[Any, Any, AppState], adjustment_id: str, *, a
             409, "adjustment_decided", f"it is {decision.state}; a decision stays", path="adjustment_id"
         )
     return Decided(decision.adjustment_id, decision.state, decision.changed)
-
-
-async def _principal(request: Request[Any, Any, AppState], scope: Scope) -> Any:
-    return await request.app.state.ingest.keys.authenticate(request.headers.get("authorization"), scope)
-
-
-async def _ask(
-    request: Request[Any, Any, AppState], question: Callable[[psycopg.Connection[Any]], Answer]
-) -> Answer:
-    """The answer of PostgreSQL, or 503."""
-    store = request.app.state.ingest.adjustments
-
-    def asked() -> Answer:
-        with store.connection() as db:
-            return question(db)
-
-    try:
-        return await asyncio.to_thread(asked)
-    except Transient:
-        raise RequestRefused(
-            503,
-            "database_unavailable",
-            "PostgreSQL does not answer at the moment; try again",
-            headers={"Retry-After": str(RETRY_AFTER_S)},
-        ) from None
 
 
 def _shown(row: Row) -> Adjustment:

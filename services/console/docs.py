@@ -1,0 +1,27 @@
+"""Every answer of the operators' routes but the good one."""
+
+from __future__ import annotations
+
+from litestar.openapi.datastructures import ResponseSpec
+
+from services.web.docs import documented
+from services.web.problems import Problem
+
+_COMMON: dict[int, ResponseSpec] = {
+    401: documented("No API key, or one that is wrong, expired or revoked.", Problem),
+    403: documented("The key lacks the scope.", Problem),
+    500: documented("A defect on our side.", Problem),
+    503: documented("PostgreSQL does not answer; wait for Retry-After and try again.", Problem),
+}
+#: Every answer to a list of adjustments but 200.
+LIST_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("A parameter that does not exist, or a value that it does not take.", Problem),
+    **_COMMON,
+}
+#: Every answer to a decision but 200.
+DECIDE_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("The request is malformed.", Problem),
+    404: documented("No adjustment has this id, or it is of another tenant.", Problem),
+    409: documented("It was decided the other way before, or it is too old to be approved.", Problem),
+    **_COMMON,
+}
