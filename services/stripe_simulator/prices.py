@@ -36,6 +36,7 @@ class Prices:
             "billing_scheme": "per_unit",
             "created": int(when.at),
             "currency": currency,
+            "custom_unit_amount": None,
             "livemode": False,
             "lookup_key": params.text("lookup_key", length_max=200),
             "metadata": read_metadata(params, {}),

@@ -162,9 +162,9 @@ def test_a_subscription_has_its_period_on_the_item(sim: SimulatorControl) -> Non
     price = metered_price(sim)
     made = subscribe(sim, price, metadata={"tenant": "t1"})
     (item,) = made["items"].data
-    assert (made.status, made.customer, made.billing_cycle_anchor) == ("active", "cus_1", MIDNIGHT)
+    assert (made.status, made.customer, made.billing_cycle_anchor) == ("active", "cus_1", made.created)
     assert (item.price.id, item.price.recurring.meter) == (price, "mtr_calls")
-    assert period(made) == (MIDNIGHT, MIDNIGHT + 31 * DAY)
+    assert period(made) == (made.created, made.created + 31 * DAY)
     assert "current_period_end" not in made.to_dict()
     (created,) = told(sim, "customer.subscription.created")
     assert created.data.object["id"] == made.id
