@@ -351,13 +351,14 @@ def _choice(principal: Principal, data: Chosen) -> Choice:
     Raises:
         RequestRefused: 403, of another tenant; 400, everything of a tenant without saying so.
     """
+    tenant = _tenant(principal, data.tenant)
     unrestricted = all(getattr(data, name) in ((), None) for name in _FILTERS)
     if principal.tenant_id is not None and unrestricted and not data.all:
         raise RequestRefused(400, "nothing_chosen", "say which, or that all are meant", path="all")
     return Choice(
         kinds=data.kinds,
         reasons=data.reasons,
-        tenant=_tenant(principal, data.tenant),
+        tenant=tenant,
         meter=data.meter,
         topic=data.topic,
         schema=data.schema,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from schemas.catalog import current
+from services.counters.prepare import SERVICE
 from services.streaming.chunks import Chunk
 from services.streaming.parking import ParkedRow
 from services.wire import topics
 from services.wire.codec import Encoder
 from services.wire.periods import hour_start
-from services.wire.records import OutboxRow, header_texts, ops_event
+from services.wire.records import OutboxRow, Source, error_headers, header_texts, ops_event
 from services.wire.times import instant
 from services.wire.usage import QUANTITY_UNIT, record_key
 
@@ -131,11 +132,13 @@ def conflict_rows(chunk: Chunk, event: Event, first: FirstSeen, now_us: int) -> 
             "detected_at": now_us,
         }
     )
+    source = Source(tp.topic, tp.partition, raw.offset, raw.timestamp)
+    why = error_headers(source, reason="conflict", stage="count", error_class="", service=SERVICE)
     record = OutboxRow(
         topics.CONFLICTS,
         json.dumps([tenant_id, key], separators=(",", ":")).encode(),
         value,
-        encoder.header_texts,
+        {**encoder.header_texts, **why},
     )
     alarm = ops_event(
         "usage_conflict",
