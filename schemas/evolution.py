@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,6 +33,7 @@ _PROMOTIONS: Final = {
     ("string", "bytes"),
     ("bytes", "string"),
 }
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTEGER_BITS: Final = {"int": 31, "long": 63}
 #: Attributes that :func:`differences` compares one by one; others are only told of.
 _FIELD_KEYS: Final = {"name", "type", "doc", "default"}
@@ -93,6 +95,10 @@ def _record_refusals(document: Any) -> Iterator[Refusal]:
         if not isinstance(field, Mapping) or not isinstance(field.get("name"), str) or "type" not in field:
             yield Refusal("not_avro", "(record)", "a field is an object with a name and a type")
             continue
+        if _NAME.fullmatch(field["name"]) is None:
+            yield Refusal(
+                "not_avro", field["name"], "a name is letters, digits and _, and begins with no digit"
+            )
         if field["name"] in seen:
             yield Refusal("not_avro", field["name"], "two fields have this name")
         seen.add(field["name"])
@@ -135,8 +141,11 @@ def _type_refusals(node: Any, path: str, enclosing: set[str]) -> Iterator[Refusa
     elif kind in ("map", "array"):
         yield from _collection_refusals(more, path, enclosing)
     elif kind == "enum":
-        if not more.get("symbols"):
-            yield Refusal("zero_width_type", path, "an enum needs symbols")
+        symbols = more.get("symbols")
+        if not isinstance(symbols, list):
+            yield Refusal("not_avro", path, "an enum has a list of symbols")
+        elif not symbols:
+            yield Refusal("zero_width_type", path, "an enum without symbols has no value")
     elif kind == "fixed":
         size = more.get("size")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:

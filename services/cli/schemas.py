@@ -57,7 +57,7 @@ def list_schemas(as_json: JsonFlag = False) -> None:
     """
     from schemas.catalog import current, writers
 
-    with _catalog_sentences():
+    with _catalog_sentences(ATTENTION):
         problem, checked = _proof()
         rows = [
             {
@@ -204,14 +204,15 @@ def new_version(
 
 
 @contextmanager
-def _catalog_sentences() -> Iterator[None]:
+def _catalog_sentences(status: int = MISUSED) -> Iterator[None]:
+    """As ``sentences``; ``status`` is for released files that cannot be read."""
     from schemas.catalog import CatalogError
 
     with sentences():
         try:
             yield
         except CatalogError as error:
-            raise fail(str(error), ATTENTION) from None
+            raise fail(str(error), status) from None
 
 
 def _proof() -> tuple[str | None, int]:

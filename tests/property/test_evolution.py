@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas import catalog
 from schemas.catalog import writers
 from schemas.evolution import PRIMITIVES, differences, refusals
 from services.wire.reader import compile_reader
@@ -156,6 +158,41 @@ def test_a_revision_is_read_as_avro_resolves_it_in_both_directions(
 def test_what_is_not_refused_our_reader_compiles(document: dict[str, Any]) -> None:
     assert refusals(document) == []
     compile_reader(document)
+
+
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), PLAIN),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["type", "name", "items", "symbols", "size", "fields"]), inner),
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> Any:
+    """A schema of which one part is something else."""
+
+    def somewhere(node: Any) -> Any:
+        if isinstance(node, dict) and node and draw(st.integers(0, 5)):
+            key = draw(st.sampled_from(sorted(node)))
+            return {**node, key: somewhere(node[key])}
+        if isinstance(node, list) and node and draw(st.integers(0, 5)):
+            at = draw(st.integers(0, len(node) - 1))
+            return [*node[:at], somewhere(node[at]), *node[at + 1 :]]
+        return draw(ANYTHING)
+
+    return somewhere(draw(documents()))
+
+
+@given(damaged())
+@settings(max_examples=1000, deadline=None)
+def test_whatever_a_file_holds_is_refused_by_name_or_can_be_read(document: Any) -> None:
+    if not refusals(document):
+        plain = catalog._without_logical_types(json.loads(json.dumps(document)))
+        compile_reader(fastavro.parse_schema(plain))
+        assert differences(document, document) == []
 
 
 @given(documents())

@@ -176,7 +176,8 @@ def test_what_is_compared_is_said_in_words_too(tmp_path: Path) -> None:
 
 
 def of_type(kind: Any, **more: Any) -> Document:
-    return edited(lambda d: d["fields"].append({"name": "extra", "type": kind, "doc": "Extra.", **more}))
+    field = {"name": "extra", "type": kind, "doc": "Extra.", **more}
+    return edited(lambda d: d["fields"].append(field))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,8 @@ def of_type(kind: Any, **more: Any) -> Document:
         ("not_avro", edited(lambda d: d["fields"].append(d["fields"][0]))),
         ("not_avro", edited(lambda d: d["fields"].append({"name": "extra"}))),
         ("not_avro", of_type({"type": "fixed", "name": "quantity_decimal", "size": 3})),
+        ("not_avro", of_type({"type": "enum", "name": "e", "symbols": "abc"})),
+        ("not_avro", of_type("string", name="two words")),
         ("recursive_type", of_type("usage_event")),
         ("recursive_type", of_type(["null", "tidemeter.usage_event"])),
         ("recursive_type", of_type({"type": "array", "items": "tidemeter.usage_event"})),
