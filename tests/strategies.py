@@ -21,24 +21,27 @@ _PRIMITIVES: dict[str, st.SearchStrategy[Any]] = {
 
 def records_of(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
     """Anything that ``schema`` can hold, sensible or not."""
-    return _values(schema.plain)
+    return values_of(schema.plain)
 
 
-def _values(node: Any) -> st.SearchStrategy[Any]:
+def values_of(node: Any) -> st.SearchStrategy[Any]:
+    """Values of one plain type."""
     if isinstance(node, list):
-        return st.one_of([_values(branch) for branch in node])
+        return st.one_of([values_of(branch) for branch in node])
     if isinstance(node, str):
         return _PRIMITIVES[node]
     match node["type"]:
         case "record":
-            return st.fixed_dictionaries({field["name"]: _values(field["type"]) for field in node["fields"]})
+            return st.fixed_dictionaries(
+                {field["name"]: values_of(field["type"]) for field in node["fields"]}
+            )
         case "array":
-            return st.lists(_values(node["items"]), max_size=5)
+            return st.lists(values_of(node["items"]), max_size=5)
         case "map":
-            return st.dictionaries(st.text(max_size=10), _values(node["values"]), max_size=5)
+            return st.dictionaries(st.text(max_size=10), values_of(node["values"]), max_size=5)
         case "enum":
             return st.sampled_from(node["symbols"])
         case "fixed":
             return st.binary(min_size=node["size"], max_size=node["size"])
         case other:
-            return _values(other)
+            return values_of(other)

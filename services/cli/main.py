@@ -13,6 +13,7 @@ from services.cli import adjustments, apply, meter_events, operate, parked, peri
 from services.cli.bench import bench
 from services.cli.demo import demo
 from services.cli.keys import keys_app
+from services.cli.schemas import schemas_app
 from services.cli.send import send
 
 app = typer.Typer(
@@ -71,6 +72,7 @@ app.add_typer(parked.parked_app, name="parked")
 app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
 app.add_typer(keys_app, name="keys")
+app.add_typer(schemas_app, name="schemas")
 
 
 def main() -> None:

@@ -192,6 +192,8 @@ def create_app(
         await app.state.key_store.open()
 
     async def stop(app: Litestar) -> None:
+        if app.state.get("ingest") is None:  # the start failed: its error must not be hidden by one of ours
+            return
         await app.state.ingest.publisher.close()
         await app.state.key_store.close()
         await asyncio.to_thread(app.state.database.close)

@@ -18,7 +18,7 @@ from typing import Any
 
 import fastavro
 
-from schemas.catalog import Schema, by_fingerprint
+from schemas.catalog import Schema, by_fingerprint, released
 from services.wire.errors import Undecodable, UnknownSchema
 from services.wire.reader import Reader, compile_reader
 
@@ -75,12 +75,12 @@ class Decoder:
         self._schema_ids = schema_ids
         self._fingerprints = by_fingerprint()
         self._prefixes = {
-            SINGLE_OBJECT_MAGIC + fingerprint: (schema, _reader(schema))
+            SINGLE_OBJECT_MAGIC + fingerprint: (shape_of(schema), _reader(schema))
             for fingerprint, schema in self._fingerprints.items()
         }
 
     def schema_of(self, value: bytes) -> tuple[Schema, int]:
-        """The schema a value claims, and where its body begins.
+        """The schema a value was written with, as it claims, and where its body begins.
 
         Raises:
             Undecodable: too large, too short, or no framing that we know.
@@ -98,7 +98,7 @@ class Decoder:
         raise Undecodable("undecodable", "neither Avro single-object nor Confluent framing")
 
     def decode(self, value: bytes) -> tuple[Schema, Record]:
-        """Schema and record of one value.
+        """One value's record, and the schema it fits: the shape of its version, whatever revision wrote it.
 
         Raises:
             Undecodable: the body is not exactly one record of its schema.
@@ -107,20 +107,25 @@ class Decoder:
         known = self._prefixes.get(value[:SINGLE_OBJECT_PREFIX_BYTES])
         if known is None or len(value) > VALUE_BYTES_MAX:
             schema, start = self.schema_of(value)
-            return schema, read_body(schema, value, start)
+            return shape_of(schema), read_body(schema, value, start)
         try:  # the same in one step: this runs for every event
             return known[0], known[1](value, SINGLE_OBJECT_PREFIX_BYTES)
         except Exception as error:
             raise Undecodable("undecodable", type(error).__name__) from None
 
 
+def shape_of(schema: Schema) -> Schema:
+    """What records of ``schema`` are read as: the newest revision of its version."""
+    return released()[schema.subject, schema.version]
+
+
 @cache
 def _reader(schema: Schema) -> Reader:
-    return compile_reader(schema.plain)
+    return compile_reader(schema.plain, shape_of(schema).plain)
 
 
 def read_body(schema: Schema, value: bytes, start: int = 0) -> Record:
-    """The one record that fills ``value`` from ``start`` to its end.
+    """The one record, written with ``schema``, that fills ``value`` from ``start`` to its end.
 
     Raises:
         Undecodable: it is not exactly one record.

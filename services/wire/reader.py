@@ -47,18 +47,25 @@ def read_long(data: bytes, at: int) -> tuple[int, int]:
             raise NotOneRecord("varint of more than ten bytes")
 
 
-def compile_reader(schema: Any) -> Reader:
+def compile_reader(schema: Any, shape: Any = None) -> Reader:
     """The reader of a plain record schema (see ``schemas.catalog``).
+
+    ``shape`` is another revision of the same version (see ``schemas.evolution``): the records come out with
+    its fields, what was not written as its default, and what it does not have left out.
 
     Raises:
         ValueError: the schema uses a type outside the subset.
+        KeyError: a field of the shape was not written and has no default.
     """
     lines = ["def read(data, at):"]
-    names = []
+    written: dict[str, str] = {}
     for number, field in enumerate(schema["fields"]):
-        name = f"v{number}"
-        names.append(f"{field['name']!r}: {name}")
+        name = written[field["name"]] = f"v{number}"
         lines += _indent(_value(field["type"], name))
+    names = [
+        f"{field['name']!r}: {written.get(field['name']) or _default(field)}"
+        for field in (shape or schema)["fields"]
+    ]
     lines += ["    if at != len(data):", "        raise NotOneRecord", f"    return {{{', '.join(names)}}}"]
     scope: dict[str, Any] = {
         "read_long": read_long,
@@ -68,6 +75,11 @@ def compile_reader(schema: Any) -> Reader:
     exec("\n".join(lines), scope)  # noqa: S102  (source made from our own, locked schemas only)
     reader: Reader = scope["read"]
     return reader
+
+
+def _default(field: Any) -> str:
+    """A field's default as source, so that each record gets a map or array of its own."""
+    return repr(float(field["default"]) if field["type"] == "double" else field["default"])
 
 
 def _indent(lines: list[str], levels: int = 1) -> list[str]:

@@ -80,8 +80,8 @@ class Settings(BaseSettings):
 
     kafka_bootstrap: str | None = Field(None, description="Kafka brokers, host:port[,host:port].")
     postgres_dsn: SecretStr | None = Field(None, description="PostgreSQL connection string.")
-    schema_registry_url: str | None = Field(
-        None, description="Confluent schema registry; switches the framing."
+    schema_registry_url: SecretStr | None = Field(
+        None, description="Confluent schema registry; switches the framing. May hold `user:password@`."
     )
 
     topic_partitions: int = Field(

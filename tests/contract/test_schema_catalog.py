@@ -73,7 +73,8 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(catalog, "ROOT", root)
     monkeypatch.setattr(catalog, "LOCK_FILE", root / "LOCK")
-    monkeypatch.setattr(catalog, "released", catalog.released.__wrapped__)  # without the cache
+    for name in ("writers", "released"):
+        monkeypatch.setattr(catalog, name, getattr(catalog, name).__wrapped__)  # without the cache
     return root
 
 
@@ -121,6 +122,20 @@ def test_milliseconds_turned_into_microseconds_keep_the_fingerprint_and_are_refu
 
     (copied / "usage_event/v4.avsc").write_text(json.dumps(millis))
     with pytest.raises(CatalogError, match="usage_event/4 and usage_event/2 have the same fingerprint"):
+        check_catalog()
+
+
+def test_a_version_above_the_current_one_is_unfinished_and_refused(copied: Path) -> None:
+    document = json.loads((copied / "usage_event/v3.avsc").read_text())
+    document["fields"][0]["name"] = "event_key"
+    (copied / "usage_event/v4.avsc").write_text(json.dumps(document))
+    with pytest.raises(CatalogError, match="usage_event/4 is above the current version 3"):
+        check_catalog()
+
+
+def test_a_file_that_names_no_version_is_refused(copied: Path) -> None:
+    (copied / "usage_event/v3.01.avsc").write_text("{}")
+    with pytest.raises(CatalogError, match=r"v3\.01\.avsc: name it"):
         check_catalog()
 
 

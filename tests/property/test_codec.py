@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
+import tracemalloc
 from typing import Any
 
 import fastavro
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.catalog import Schema, current, released
+from schemas.catalog import Schema, current, released, writers
 from services.wire.codec import (
     SINGLE_OBJECT_MAGIC,
     VALUE_BYTES_MAX,
@@ -24,7 +25,7 @@ from services.wire.codec import (
 from services.wire.errors import Undecodable, UnknownSchema
 from tests.strategies import records_of
 
-EVERY = sorted(released().values(), key=lambda schema: schema.name)
+EVERY = sorted(writers(), key=lambda schema: schema.label)
 USAGE = current("usage_event")
 RECORD = {
     "idempotency_key": "evt-1",
@@ -229,6 +230,106 @@ def test_a_map_or_array_that_claims_millions_of_entries_is_refused_at_once(count
     with pytest.raises(Undecodable):
         read_body(v1, head[:-1] + varint(count) + varint(8))
     assert time.perf_counter() - started < 0.5
+
+
+# Mutations of whole values ------------------------------------------------------------------------------
+
+#: Lengths and counts that lie, and encodings of numbers that no writer makes.
+NUMBERS = [
+    *(varint(n) for n in (0, 1, -1, 2, 63, -64, 64, 8192, 30_000_000, 2**31, -(2**31), 2**40, -(2**40))),
+    *(varint(n) for n in (2**62, -(2**62), 2**63 - 1, -(2**63))),
+    *(b"\x80" * 9 + b"\x01", b"\xff" * 9 + b"\x01", b"\xff" * 10, b"\x80" * 9 + b"\x7f", b"\x80" * 12),
+]
+#: The most that reading may take beside the value: an empty object costs a byte there and about fifty here.
+MEMORY_MAX = 64 * VALUE_BYTES_MAX
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A value of any released schema after some flips, cuts, splices, copies and lying numbers."""
+    schema = draw(st.sampled_from(EVERY))
+    value = Encoder(schema).encode(draw(records_of(schema)))
+    start = draw(st.sampled_from([0, len(SINGLE_OBJECT_MAGIC) + 8]))  # the framing too, or the body alone
+    for _ in range(draw(st.integers(0, 6))):
+        at, end = sorted(draw(st.integers(start, max(start, len(value)))) for _ in range(2))
+        match draw(st.sampled_from(["flip", "cut", "number", "replace", "copy", "splice", "noise"])):
+            case "flip" if at < len(value):
+                value = value[:at] + bytes([value[at] ^ 1 << draw(st.integers(0, 7))]) + value[at + 1 :]
+            case "cut":
+                value = value[:at] + value[end:]
+            case "number":
+                value = value[:at] + draw(st.sampled_from(NUMBERS)) + value[at:]
+            case "replace":
+                value = value[:at] + draw(st.sampled_from(NUMBERS)) + value[at + 1 :]
+            case "copy":
+                value = value[:end] + value[at:end] * draw(st.integers(1, 3)) + value[end:]
+            case "splice":
+                other = draw(st.sampled_from(EVERY))
+                value = value[:at] + write_body(other, draw(records_of(other)))[at - start :]
+            case "noise":
+                value = value[:at] + draw(st.binary(max_size=20)) + value[end:]
+    return value
+
+
+def holds(value: bytes) -> bool:
+    """Refused by name within the memory allowed; or read, and the same again after it is written again."""
+    tracemalloc.start()
+    try:
+        schema, record = BOTH_FRAMINGS.decode(value)
+    except (Undecodable, UnknownSchema):
+        record = None
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < MEMORY_MAX
+    if record is None:
+        return False
+    assert same(read_body(schema, write_body(schema, record)), record)
+    return True
+
+
+@given(mutated())
+@settings(max_examples=600, deadline=None)
+def test_a_mutated_value_is_refused_by_name_or_read_as_a_record_that_comes_back(value: bytes) -> None:
+    holds(value)
+
+
+@pytest.mark.parametrize("schema", EVERY, ids=lambda schema: schema.label)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_number_that_lies_anywhere_in_a_record_is_refused_by_name_or_harmless(
+    schema: Schema, data: st.DataObject
+) -> None:
+    body = write_body(schema, data.draw(records_of(schema)))
+    at = data.draw(st.integers(0, len(body)))
+    for number in NUMBERS:
+        for tail in (body[at:], body[at + 1 :], b"", b"\x00" * 1000):
+            holds(SINGLE_OBJECT_MAGIC + schema.fingerprint + body[:at] + number + tail)
+
+
+@pytest.mark.parametrize(
+    ("version", "entry"),
+    [
+        (1, lambda n: b"\x00"),
+        (1, lambda n: b"\x04" + chr(0x400 + n % 1000).encode()),
+        (3, lambda n: b"\x00\x00"),
+        (3, lambda n: b"\x08" + n.to_bytes(2, "big").hex().encode() + b"\x00"),
+    ],
+    ids=["empty tags", "small tags", "one key for ever", "many keys"],
+)
+def test_the_most_entries_that_fit_into_a_value_fit_into_memory(version: int, entry: Any) -> None:
+    """A reader must not make more of 64 KiB than so much, whatever they hold."""
+    schema = released()["usage_event", version]
+    empty = {**RECORD, "properties": {}} if version == 3 else V1_EMPTY
+    body = write_body(schema, empty)
+    head, tail = (body[:-6], body[-5:]) if version == 3 else (body[:-1], b"")
+    room = VALUE_BYTES_MAX - len(body) - 20
+    count = room // len(entry(0))
+    entries = b"".join(entry(number) for number in range(count))
+    for block in (varint(count), varint(-count) + varint(len(entries))):
+        value = SINGLE_OBJECT_MAGIC + schema.fingerprint + head + block + entries + b"\x00" + tail
+        assert len(value) <= VALUE_BYTES_MAX
+        assert holds(value)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,11 @@ def test_a_refusal_does_not_repeat_the_value(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_secrets_are_masked_wherever_settings_are_printed() -> None:
-    settings = load_settings(postgres_dsn="postgresql://u:planted@h/d", stripe_api_key="sk_test_planted")
+    settings = load_settings(
+        postgres_dsn="postgresql://u:planted@h/d",
+        stripe_api_key="sk_test_planted",
+        schema_registry_url="https://u:planted@h",
+    )
     printed = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"
     assert "planted" not in printed
 
