@@ -33,7 +33,6 @@ CREATE TABLE parked_records (
     UNIQUE (topic, partition, "offset")
 );
 CREATE INDEX parked_records_open ON parked_records (reason, tenant_id, meter, parked_id) WHERE state = 'parked';
-CREATE INDEX parked_records_by_tenant ON parked_records (tenant_id, parked_id);
 CREATE INDEX parked_records_settled ON parked_records (settled_at) WHERE state <> 'parked';
 
 INSERT INTO parked_records (service, kind, topic, partition, "offset", arrived_at, reason, stage, tenant_id,

@@ -202,7 +202,7 @@ class Counters:
             for event, first in decisions.conflicts:
                 rows.extend(conflict_rows(chunk, event, first, now_us))
                 to_park.append(conflict_to_park(chunk, event))
-            park(db, GROUP, to_park, tried_with=revision())
+        park(db, GROUP, to_park, tried_with=revision())
         fault_point("tx.counted")
         return rows, revised
 

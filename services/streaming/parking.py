@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -67,43 +67,51 @@ class ParkedRow:
 
 
 def park(db: Connection, service: str, rows: Sequence[ParkedRow], *, tried_with: str) -> None:
-    """Store ``rows`` in the current transaction. ``tried_with``: the schemas and upcasters that failed."""
-    if not rows:
-        return
-    db.execute(
-        _PARK,
-        {
-            "service": service,
-            "tried_with": tried_with,
-            "kind": [row.kind for row in rows],
-            "topic": [row.topic for row in rows],
-            "partition": [row.partition for row in rows],
-            "offset": [row.offset for row in rows],
-            "arrived_at": [row.arrived_at for row in rows],
-            "reason": [row.reason for row in rows],
-            "stage": [row.stage for row in rows],
-            "error_class": [row.error_class for row in rows],
-            "tenant_id": [row.tenant_id for row in rows],
-            "meter": [row.meter for row in rows],
-            "event_id": [row.event_id for row in rows],
-            "schema_name": [row.schema_name for row in rows],
-            "value": [row.value for row in rows],
-            "headers": [json.dumps(dict(row.headers)) for row in rows],
-        },
-    )
+    """Store ``rows`` in the current transaction. ``tried_with``: the schemas and upcasters that failed.
+
+    A place in a log is parked once, even if a position was moved back by hand.
+    """
+    rows = _not_yet_parked(db, rows)
+    if rows:
+        with db.cursor().copy(_COPY) as copy:
+            copy.write("".join(_copy_lines(service, rows, tried_with)))
 
 
-#: A place in a log is parked once, even if a position was moved back by hand.
-_PARK = """
-INSERT INTO parked_records (service, tried_with, kind, topic, partition, "offset", arrived_at, reason, stage,
-    error_class, tenant_id, meter, event_id, schema_name, value, headers)
-SELECT %(service)s, %(tried_with)s, * FROM unnest(
-    %(kind)s::text[], %(topic)s::text[], %(partition)s::int[], %(offset)s::bigint[],
-    %(arrived_at)s::timestamptz[], %(reason)s::text[], %(stage)s::text[], %(error_class)s::text[],
-    %(tenant_id)s::text[], %(meter)s::text[], %(event_id)s::text[], %(schema_name)s::text[],
-    %(value)s::bytea[], %(headers)s::jsonb[])
-ON CONFLICT (topic, partition, "offset") DO NOTHING
-"""
+def _not_yet_parked(db: Connection, rows: Sequence[ParkedRow]) -> Sequence[ParkedRow]:
+    known: set[tuple[str, int, int]] = set()
+    for place in sorted({(row.topic, row.partition) for row in rows}):
+        offsets = [row.offset for row in rows if (row.topic, row.partition) == place]
+        found = db.execute(
+            'SELECT topic, partition, "offset" FROM parked_records '
+            'WHERE topic = %s AND partition = %s AND "offset" BETWEEN %s AND %s',
+            (*place, min(offsets), max(offsets)),
+        ).fetchall()
+        known.update(found)
+    return [row for row in rows if (row.topic, row.partition, row.offset) not in known] if known else rows
+
+
+_COPY = (
+    'COPY parked_records (service, tried_with, kind, topic, partition, "offset", arrived_at, reason, stage, '
+    "error_class, tenant_id, meter, event_id, schema_name, value, headers) FROM STDIN"
+)
+#: What PostgreSQL's COPY text format wants written otherwise.
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def _copy_lines(service: str, rows: Sequence[ParkedRow], tried_with: str) -> Iterator[str]:
+    for row in rows:
+        texts = (
+            *(row.reason, row.stage, row.error_class, row.tenant_id, row.meter),
+            *(row.event_id, row.schema_name),
+        )
+        names = "\t".join(texts)
+        if "\\" in names or names.count("\t") != len(texts) - 1 or "\n" in names or "\r" in names:
+            names = "\t".join(text.translate(_ESCAPES) for text in texts)
+        headers = json.dumps(dict(row.headers)).translate(_ESCAPES) if row.headers else "{}"
+        yield (
+            f"{service}\t{tried_with}\t{row.kind}\t{row.topic}\t{row.partition}\t{row.offset}\t"
+            f"{row.arrived_at.isoformat()}\t{names}\t\\\\x{row.value.hex()}\t{headers}\n"
+        )
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):

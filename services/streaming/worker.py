@@ -13,7 +13,8 @@ The contract, point by point:
 6. Faust's web server never starts: it would listen on every interface;
 7. a watchdog ends the process when records wait and the stored offsets do not move.
 
-While one chunk's transaction runs, the next chunk is already being decoded.
+While one chunk's transaction runs, the next chunk is already being decoded, and what the chunks before have
+parked is on its way to Kafka. The group commits a chunk's offset only when that is done, in chunk order.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ log = structlog.get_logger(__name__)
 EXIT_BROKEN = 70
 EXIT_STUCK = 75
 GAP_SEEKS_MAX = 10
+#: Chunks whose offsets may wait for Kafka to take what was parked, before counting waits, too.
+UNSETTLED_MAX = 16
 STOP_SECONDS_MAX = 8.0
 
 P = TypeVar("P")
@@ -72,6 +76,15 @@ class Applied:
     halted: str | None = None
     #: Records of the chunk were committed before, perhaps by a worker that died before it relayed for them.
     redelivered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsettled:
+    """A chunk that is done, but not yet committed to Kafka. ``parked``: rows of it wait in the outbox."""
+
+    partition: Partition
+    next_offset: int
+    parked: bool
 
 
 class ChunkHandler(Protocol[P]):
@@ -118,7 +131,12 @@ class Worker(Generic[P]):
         self.stopping = asyncio.Event()
         self._prepare_thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._apply_thread = ThreadPoolExecutor(1, thread_name_prefix="apply")
+        self._relay_thread = ThreadPoolExecutor(1, thread_name_prefix="relay")
+        self._relay_database = Database(settings.postgres(), f"{group}-relay")
         self._in_flight: asyncio.Task[None] | None = None
+        self._unsettled: deque[_Unsettled] = deque()
+        self._applied = asyncio.Event()
+        self._settled = asyncio.Event()
         self._halted: dict[Partition, str] = {}
         self._sought: dict[Partition, tuple[int, int]] = {}  # where to, and how often
         self._waiting: dict[object, str] = {}  # by call: what each waits for
@@ -188,6 +206,7 @@ class Worker(Generic[P]):
                 "the schema registry", self._prepare_thread, self.handler.prepare, chunk
             )
         await self._drained()
+        await self._until_settled(UNSETTLED_MAX - 1)
         self._in_flight = asyncio.create_task(self._finish(chunk, prepared))
 
     async def _drained(self) -> None:
@@ -195,21 +214,31 @@ class Worker(Generic[P]):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._in_flight
 
-    async def drain_or_abandon(self) -> None:
-        """For revocation: wait for the transaction under way, but not for a database that is away.
+    async def _until_settled(self, most: int) -> None:
+        """Wait until no more than ``most`` chunks wait to be settled."""
+        while len(self._unsettled) > most:
+            self._settled.clear()
+            await self._settled.wait()
 
-        Abandoning is safe: an uncommitted chunk is redelivered, and one that commits later is skipped then.
+    async def drain_or_abandon(self) -> None:
+        """For revocation: wait for the transaction under way and for what waits to be settled, but not for a
+        server that is away.
+
+        Abandoning is safe: an uncommitted chunk is redelivered, one that commits later is skipped then, and
+        what was parked is relayed by whoever gets the partition.
         """
-        if self._in_flight is not None:
-            done, _ = await asyncio.wait({self._in_flight}, timeout=self.settings.session_timeout_seconds / 2)
-            if not done:
-                self._in_flight.cancel()
+        timeout_s = self.settings.session_timeout_seconds / 2
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                if self._in_flight is not None:
+                    await asyncio.wait({self._in_flight})
+                await self._until_settled(0)
+        if self._in_flight is not None and not self._in_flight.done():
+            self._in_flight.cancel()
 
     async def _finish(self, chunk: Chunk, prepared: P) -> None:
         try:
             applied = await self._retried("PostgreSQL", self._apply_thread, self._apply, prepared)
-            if applied.outbox_rows or applied.redelivered:
-                await self._retried("Kafka", self._apply_thread, self._relay)
         except asyncio.CancelledError:
             raise
         except OffsetGap as gap:
@@ -217,15 +246,31 @@ class Worker(Generic[P]):
             return
         except BaseException as error:
             crash("chunk failed", error)
-        fault_point("chunk.before_settle")
         if chunk.partition in self._assigned:
             self._positions[chunk.partition] = applied.next_offset
-        self.consumer.settle(chunk.partition, applied.next_offset)
+        parked = bool(applied.outbox_rows or applied.redelivered)
+        self._unsettled.append(_Unsettled(chunk.partition, applied.next_offset, parked))
+        self._applied.set()
         if applied.halted is not None:
             self._stop_partition(chunk.partition, applied.halted)
         if self.after_apply is not None:
             self.after_apply()
-        fault_point("chunk.settled")
+
+    async def _settle(self) -> None:
+        """Let the group commit what is done, chunk by chunk, once Kafka has what these chunks have parked."""
+        while True:
+            self._applied.clear()
+            done = list(self._unsettled)
+            if any(one.parked for one in done):
+                await self._retried("Kafka", self._relay_thread, self._relay)
+            for one in done:
+                fault_point("chunk.before_settle")
+                self.consumer.settle(one.partition, one.next_offset)
+                self._unsettled.popleft()
+                fault_point("chunk.settled")
+            self._settled.set()
+            if not self._unsettled:
+                await self._applied.wait()
 
     def _apply(self, prepared: P) -> Applied:
         with metrics.CHUNK_SECONDS.labels("transaction").time():
@@ -233,7 +278,7 @@ class Worker(Generic[P]):
 
     def _relay(self) -> int:
         with metrics.CHUNK_SECONDS.labels("relay").time():
-            return outbox.relay(self.database.connection(), self.group, self.kafka, wait=True)
+            return outbox.relay(self._relay_database.connection(), self.group, self.kafka, wait=True)
 
     async def _retried(
         self, world: str, pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any
@@ -260,6 +305,8 @@ class Worker(Generic[P]):
                     except TRANSIENT_ERRORS:
                         if pool is self._apply_thread:
                             self.database.reset()
+                        elif pool is self._relay_thread:
+                            self._relay_database.reset()
                         raise
         finally:
             self._waiting.pop(call_id, None)
@@ -477,7 +524,10 @@ class Worker(Generic[P]):
             await self.app.start()
         except Exception as error:
             crash("Faust did not start", error)
-        tasks = [asyncio.create_task(self._guarded(part)) for part in (self._watch_halts, *background)]
+        tasks = [
+            asyncio.create_task(self._guarded(part))
+            for part in (self._settle, self._watch_halts, *background)
+        ]
         while not self.stopping.is_set():
             if self.app.crashed:
                 crash("Faust crashed", self.app.crash_reason or RuntimeError("no reason given"))
@@ -504,7 +554,7 @@ class Worker(Generic[P]):
         """PostgreSQL and the brokers answer, and what an earlier process decided to send is sent."""
         await self._retried("PostgreSQL", self._apply_thread, self.database.connection)
         await self._retried("Kafka", self._apply_thread, self._find_topics)
-        await self._retried("Kafka", self._apply_thread, self._relay)
+        await self._retried("Kafka", self._relay_thread, self._relay)
 
     def _find_topics(self) -> None:
         """Faust gives up on brokers and topics that are not there yet, so it is not started before."""

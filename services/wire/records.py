@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 from schemas.catalog import current
@@ -106,6 +107,11 @@ def error_headers(
     }
 
 
+@cache
+def _ops_encoder() -> Encoder:
+    return Encoder(current("ops_event"))
+
+
 def ops_event(
     name: str,
     *,
@@ -122,7 +128,7 @@ def ops_event(
     """
     require(name in NAMES, f"{name} is not in the catalogue of ops events")
     identity = json.dumps([name, subject_type, subject_id, source])
-    encoder = Encoder(current("ops_event"))
+    encoder = _ops_encoder()
     value = encoder.encode(
         {
             "ops_event_id": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),

@@ -154,7 +154,7 @@ def test_broken_upcasters_park_each_record_with_its_reason_and_the_partition_mov
     headers = [one.headers for one in pipeline.read("upcast_failures.v1")]
     found = {
         "/".join(
-            (one[f"tidemeter-error-{name}"] or b"").decode() for name in ("topic", "partition", "offset")
+            (one[f"__connect.errors.{name}"] or b"").decode() for name in ("topic", "partition", "offset")
         ): (one["tidemeter-error-reason"] or b"").decode()
         for one in headers
     }
