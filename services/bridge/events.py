@@ -36,8 +36,7 @@ def read_event(body: bytes) -> StripeEvent:
         RequestRefused: 400 ``event_malformed``: not JSON in UTF-8, or without usable identifiers.
     """
     try:
-        # Not by the bytes themselves: `loads` would guess other encodings than the one of HTTP's JSON.
-        document = json.loads(body.decode(), parse_constant=_no_constant)
+        document = _decode(body.decode())  # as text: of bytes, `json` would guess other encodings too
     except (ValueError, RecursionError):
         raise _malformed("the body is not JSON", None) from None
     if not isinstance(document, dict):
@@ -69,6 +68,9 @@ def _text(of: object, name: str) -> str | None:
 
 def _no_constant(_: str) -> NoReturn:
     raise ValueError("NaN and Infinity are not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
 def _malformed(message: str, path: str | None) -> RequestRefused:
