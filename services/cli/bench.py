@@ -22,6 +22,7 @@ BENCHES = {
     "counting": "bench.counting",
     "late": "bench.late_events",
     "push": "bench.push",
+    "bridge": "bench.bridge",
     "growth": "bench.growth",
 }
 

@@ -11,6 +11,7 @@ import typer
 
 from services.cli import adjustments, apply, meter_events, operate, periods, services, status
 from services.cli.bench import bench
+from services.cli.bridge import bridge
 from services.cli.demo import demo
 from services.cli.keys import keys_app
 from services.cli.schemas import schemas_app
@@ -61,6 +62,7 @@ for command in (
     services.ingest,
     services.counters,
     services.pusher,
+    bridge,
     services.migrate,
     operate.resume,
     bench,

@@ -44,6 +44,13 @@ def running_runtime() -> dict[str, Any]:
     return {}
 
 
+def secret_file(name: str) -> Path | None:
+    """The file that setting ``name`` is read from; None if the variable itself holds it, or nothing does."""
+    variable = PREFIX + name.upper()
+    path = os.environ.get(f"{variable}_FILE")
+    return None if path is None or variable in os.environ else Path(path)
+
+
 class _SecretFiles(PydanticBaseSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")

@@ -29,9 +29,9 @@ from services.console.adjustments import (
 )
 from services.console.routes import ROUTES
 from services.ingest.app import create_app, openapi_document
-from services.ingest.kafka import Delivery
 from services.web.database import DatabasePool
 from services.web.keys import KeyStore, PostgresKeyRows
+from services.web.publishing import Delivery
 from services.wire.errors import Transient
 from services.wire.settings import Settings
 from tests.integration.ingest_serving import new_key
