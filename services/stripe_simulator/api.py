@@ -12,11 +12,9 @@ from services.stripe_simulator.gateway import Call, Endpoint
 from services.stripe_simulator.ledger import Ledger, Origin
 from services.stripe_simulator.meters import (
     METADATA_LENGTH_MAX,
-    Customer,
     Meter,
     Registry,
     new_id,
-    read_customer,
     read_meter,
 )
 from services.stripe_simulator.paging import Page
@@ -24,7 +22,6 @@ from services.stripe_simulator.sessions import Sessions
 from services.stripe_simulator.stream import EventStream, events_in
 from services.stripe_simulator.summaries import SummaryQuery, summarise
 
-CUSTOMERS = "/v1/customers"
 METERS = "/v1/billing/meters"
 BILLING_V2 = "/v2/billing"
 
@@ -47,7 +44,7 @@ class Api:
         self._freshness = freshness
 
     def endpoints(self) -> dict[tuple[str, str], Endpoint]:
-        """(method, route) → endpoint; the whole of the API that is simulated."""
+        """(method, route) → endpoint."""
         return {
             ("POST", "/v1/billing/meter_events"): Endpoint(
                 self._create_event, self._events.subject, rate="events"
@@ -68,10 +65,6 @@ class Api:
             ("POST", f"{METERS}/{{id}}/deactivate"): Endpoint(self._deactivate_meter),
             ("POST", f"{METERS}/{{id}}/reactivate"): Endpoint(self._reactivate_meter),
             ("GET", f"{METERS}/{{id}}/event_summaries"): Endpoint(self._list_summaries),
-            ("POST", CUSTOMERS): Endpoint(self._create_customer),
-            ("GET", CUSTOMERS): Endpoint(self._list_customers),
-            ("GET", f"{CUSTOMERS}/{{id}}"): Endpoint(self._get_customer),
-            ("POST", f"{CUSTOMERS}/{{id}}"): Endpoint(self._update_customer),
         }
 
     def _create_event(self, call: Call, params: Params, origin: Origin) -> Json:
@@ -140,26 +133,3 @@ class Api:
         seen_at = self._freshness.seen_at(origin.received_at)
         usage = self._ledger.usage(meter.id, query.customer, query.start, query.end, seen_at)
         return page.of(summarise(usage, meter, query), call.path, "meter event summary")
-
-    # Customers
-
-    def _create_customer(self, call: Call, params: Params, origin: Origin) -> Json:
-        customer = read_customer(params, Customer(new_id("cus"), int(origin.received_at)))
-        self._registry.keep_customer(customer)
-        return customer.to_json()
-
-    def _list_customers(self, call: Call, params: Params, origin: Origin) -> Json:
-        page = Page.read(params)
-        email = params.text("email")
-        params.finish()
-        customers = [one for one in self._registry.customers.values() if email in (None, one.email)]
-        return page.of([one.to_json() for one in reversed(customers)], CUSTOMERS, "customer")
-
-    def _get_customer(self, call: Call, params: Params, origin: Origin) -> Json:
-        params.finish()
-        return self._registry.customer(call.parts["id"]).to_json()
-
-    def _update_customer(self, call: Call, params: Params, origin: Origin) -> Json:
-        customer = read_customer(params, self._registry.customer(call.parts["id"]))
-        self._registry.keep_customer(customer)
-        return customer.to_json()

@@ -16,10 +16,10 @@ from services.stripe_simulator.destinations import (
 from services.stripe_simulator.errors import InvalidParameters, Json
 from services.stripe_simulator.event_log import EventLog
 from services.stripe_simulator.forms import Params
-from services.stripe_simulator.gateway import Call, Endpoint
-from services.stripe_simulator.invoices import Invoices
+from services.stripe_simulator.gateway import DEFAULT_ACCOUNT, Call, Endpoint
 from services.stripe_simulator.ledger import Origin
 from services.stripe_simulator.paging import LIMIT_MAX, Page
+from services.stripe_simulator.reading import within
 
 ENDPOINTS = "/v1/webhook_endpoints"
 DESTINATIONS = "/v2/core/event_destinations"
@@ -29,12 +29,9 @@ LIMIT_DEFAULT_V2 = 20
 
 
 class EventsApi:
-    def __init__(
-        self, destinations: Destinations, log: EventLog, invoices: Invoices, catch_up: Callable[[], None]
-    ) -> None:
+    def __init__(self, destinations: Destinations, log: EventLog, catch_up: Callable[[], None]) -> None:
         self._destinations = destinations
         self._log = log
-        self._invoices = invoices
         self._catch_up = catch_up
 
     def endpoints(self) -> dict[tuple[str, str], Endpoint]:
@@ -43,7 +40,6 @@ class EventsApi:
             ("GET", "/v1/events/{id}"): Endpoint(self._get_event),
             ("GET", EVENTS_V2): Endpoint(self._list_events_v2),
             ("GET", f"{EVENTS_V2}/{{id}}"): Endpoint(self._get_event_v2),
-            ("GET", "/v1/invoices/{id}"): Endpoint(self._get_invoice),
             ("POST", ENDPOINTS): Endpoint(self._create_endpoint),
             ("GET", ENDPOINTS): Endpoint(self._list_endpoints),
             ("GET", f"{ENDPOINTS}/{{id}}"): Endpoint(self._get_endpoint),
@@ -63,16 +59,18 @@ class EventsApi:
 
     def _list_events(self, call: Call, params: Params, origin: Origin) -> Json:
         page, one_type, types = Page.read(params), params.text("type"), params.texts("types")
+        bounds = params.bounds("created")
         params.finish()
         self._catch_up()
         wanted = [*types, one_type] if one_type is not None else types
-        kept = self._log.newest_first("snapshot", wanted, origin.received_at)
-        return page.of([one.body for one in kept], call.path, "event")
+        kept = self._log.newest_first("snapshot", wanted, origin.received_at, _connected(call))
+        listed = [one.body for one in kept if within(one.body["created"], bounds)]
+        return page.of(listed, call.path, "event")
 
     def _get_event(self, call: Call, params: Params, origin: Origin) -> Json:
         params.finish()
         self._catch_up()
-        return self._log.find("snapshot", call.parts["id"], origin.received_at)
+        return self._log.find("snapshot", call.parts["id"], origin.received_at, _connected(call))
 
     def _list_events_v2(self, call: Call, params: Params, origin: Origin) -> Json:
         types, object_id = params.texts("types"), params.text("object_id")
@@ -103,11 +101,6 @@ class EventsApi:
         params.finish()
         self._catch_up()
         return self._log.find("thin", call.parts["id"], origin.received_at)
-
-    def _get_invoice(self, call: Call, params: Params, origin: Origin) -> Json:
-        params.finish()
-        self._catch_up()
-        return self._invoices.find(call.parts["id"])
 
     # Webhook endpoints of v1
 
@@ -184,3 +177,8 @@ class EventsApi:
         related = {"id": found.id, "type": "v2.core.event_destination", "url": url}
         now = origin.received_at
         return self._log.find("thin", self._log.thin(PING, None, related, now, now), now)
+
+
+def _connected(call: Call) -> str | None:
+    """The connected account whose events are asked for; None for the platform's own."""
+    return None if call.account == DEFAULT_ACCOUNT else call.account

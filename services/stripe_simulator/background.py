@@ -1,16 +1,17 @@
-"""What happens by itself as the simulator's clock moves: error reports, invoices, webhook tries."""
+"""What happens by itself as the simulator's clock moves: error reports, billing, webhook tries."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import structlog
 
 from services.stripe_simulator.answering import pause
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.courier import Courier
-from services.stripe_simulator.invoices import Invoices
 from services.stripe_simulator.reports import ErrorReports
+from services.stripe_simulator.resources import Resources, Step
 
 log = structlog.get_logger()
 
@@ -19,17 +20,26 @@ FAILED_SECONDS = 5.0
 
 
 class Background:
-    def __init__(self, clock: Clock, reports: ErrorReports, invoices: Invoices, courier: Courier) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        reports: ErrorReports,
+        resources: Resources,
+        steps: Mapping[str, Step],
+        courier: Courier,
+    ) -> None:
+        """`steps` says what happens to a resource of each kind when it is due."""
         self._clock = clock
         self._reports = reports
-        self._invoices = invoices
+        self._resources = resources
+        self._steps = steps
         self._courier = courier
 
     def catch_up(self) -> None:
         """Write down what is due by now; nothing is sent. Asked for before anything reads events."""
         now = self._clock.now()
         self._reports.run_due(now)
-        self._invoices.run_due(now)
+        self._resources.run_due(now, self._steps)
 
     async def deliver_due(self) -> int:
         """Catch up and try every delivery that is due; returns how many tries that took."""

@@ -1,7 +1,7 @@
 """The simulator's own time: real time plus an offset that tests move.
 
 Windows of minutes, hours and days (identifiers, idempotency, timestamps, cancellation, summary lag, sessions,
-error reports, webhook retries, secrets, invoices) read this clock. Rates, stalls and slowness are about
+error reports, webhook retries, secrets, billing) read this clock. Rates, stalls and slowness are about
 sockets and stay on real time; so does the moment in a webhook's signature, which a real clock checks.
 """
 

@@ -10,9 +10,11 @@ from typing import Any
 import structlog
 from aiohttp import web
 
+from services.stripe_simulator.control_billing import BILLING_ACTIONS, Action
 from services.stripe_simulator.deliveries import read_webhook_rule
 from services.stripe_simulator.destinations import ROLL_SECONDS_MAX
 from services.stripe_simulator.errors import ApiError, Json
+from services.stripe_simulator.event_log import Occasion
 from services.stripe_simulator.faults import read_rule
 from services.stripe_simulator.ledger import ROWS_MAX
 from services.stripe_simulator.moments import rfc3339
@@ -20,8 +22,6 @@ from services.stripe_simulator.seeding import customer_from, meter_from
 from services.stripe_simulator.simulator import Simulator
 
 log = structlog.get_logger()
-
-Action = Callable[[Simulator, web.Request, Any], "Json | Awaitable[Json]"]
 
 
 def show_ledger(simulator: Simulator, request: web.Request, _: Any) -> Json:
@@ -124,7 +124,9 @@ def emit_event(simulator: Simulator, _: web.Request, given: Any) -> Json:
     now, event_type, log = simulator.clock.now(), str(given["type"]), simulator.event_log
     if given.get("payload", "snapshot") == "thin":
         return {"id": log.thin(event_type, given.get("data"), given.get("related_object"), now, now)}
-    return {"id": log.snapshot(event_type, dict(given["object"]), now, now)}
+    previous, account = given.get("previous_attributes"), str(given.get("account", ""))
+    about = dict(given["object"])
+    return {"id": log.snapshot(event_type, about, Occasion(now, now), previous=previous, account=account)}
 
 
 def resend_event(simulator: Simulator, _: web.Request, given: Any) -> Json:
@@ -154,12 +156,6 @@ def stick_summaries(simulator: Simulator, _: web.Request, given: Any) -> Json:
     return {"stuck_seconds": given["stuck_seconds"]}
 
 
-def schedule_invoice(simulator: Simulator, _: web.Request, given: Any) -> Json:
-    return simulator.invoices.schedule(
-        str(given["customer"]), str(given["meter"]), int(given["period_start"]), int(given["period_end"])
-    )
-
-
 def reset(simulator: Simulator, _: web.Request, __: Any) -> Json:
     simulator.reset()
     return {"reset": True}
@@ -185,8 +181,8 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("POST", "deliveries"): run_deliveries,
     ("POST", "roll_secret"): roll_secret,
     ("POST", "summaries"): stick_summaries,
-    ("POST", "invoices"): schedule_invoice,
     ("POST", "reset"): reset,
+    **BILLING_ACTIONS,
 }
 
 

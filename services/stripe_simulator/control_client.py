@@ -77,9 +77,9 @@ class SimulatorControl:
         wanted = {"faults": list(faults)} | ({} if seed is None else {"seed": seed})
         self.call("POST", "webhook_faults", wanted)
 
-    def emit(self, event_type: str, about: Json) -> str:
-        """A snapshot event about this object; returns its id."""
-        return str(self.call("POST", "events", {"type": event_type, "object": about})["id"])
+    def emit(self, event_type: str, about: Json, **more: Any) -> str:
+        """A snapshot event about this object, with `previous_attributes` or `account`; returns its id."""
+        return str(self.call("POST", "events", {"type": event_type, "object": about} | more)["id"])
 
     def emit_thin(self, event_type: str, data: Json | None = None, related: Json | None = None) -> str:
         thin = {"type": event_type, "payload": "thin", "data": data, "related_object": related}
@@ -104,12 +104,57 @@ class SimulatorControl:
         """Summaries stay as they are until the clock has moved so far; 0 lets them go."""
         self.call("POST", "summaries", {"stuck_seconds": seconds})
 
-    def schedule_invoice(self, customer: str, meter: str, period_start: int, period_end: int) -> Json:
+    # Billing. `more` is what docs/stripe-simulator.md lists for each call; the answer is the object.
+
+    def schedule_invoice(
+        self, customer: str, meter: str, period_start: int, period_end: int, **more: Any
+    ) -> Json:
         """An invoice whose draft appears at the end of the period."""
-        wanted = {"customer": customer, "meter": meter}
-        return self.call(
-            "POST", "invoices", wanted | {"period_start": period_start, "period_end": period_end}
-        )
+        period = {"period_start": period_start, "period_end": period_end}
+        return self.call("POST", "invoices", {"customer": customer, "meter": meter} | period | more)
+
+    def invoice(self, invoice: str, action: str, **more: Any) -> Json:
+        """finalize, pay, fail_payment, mark_uncollectible or void it."""
+        return self.call("POST", f"invoices/{invoice}", {"action": action} | more)
+
+    def subscribe(self, customer: str, *prices: str, **more: Any) -> Json:
+        """A subscription in any status, with an anchor in the past if need be."""
+        return self.call("POST", "subscriptions", {"customer": customer, "prices": list(prices)} | more)
+
+    def set_subscription(self, subscription: str, **more: Any) -> Json:
+        return self.call("POST", f"subscriptions/{subscription}", more)
+
+    def charge(self, customer: str | None, amount: int, currency: str = "usd", **more: Any) -> Json:
+        wanted = {"customer": customer, "amount": amount, "currency": currency}
+        return self.call("POST", "charges", wanted | more)
+
+    def refund(self, charge: str, **more: Any) -> Json:
+        """All that is left of the charge, or an `amount`."""
+        return self.call("POST", "refunds", {"charge": charge} | more)
+
+    def dispute(self, charge: str, **more: Any) -> Json:
+        return self.call("POST", "disputes", {"charge": charge} | more)
+
+    def close_dispute(self, dispute: str, status: str) -> Json:
+        """won or lost."""
+        return self.call("POST", f"disputes/{dispute}/close", {"status": status})
+
+    def payout(self, **more: Any) -> Json:
+        """Of all that is available, of an `amount`, or of a connected `account`."""
+        return self.call("POST", "payouts", more)
+
+    def deauthorize(self, account: str) -> str:
+        """A connected account leaves; returns the id of the event."""
+        return str(self.call("POST", f"accounts/{account}/deauthorize", {})["event"])
+
+    def attach_card(self, customer: str, **more: Any) -> Json:
+        return self.call("POST", "payment_methods", {"customer": customer} | more)
+
+    def update_card(self, payment_method: str, **more: Any) -> Json:
+        return self.call("POST", f"payment_methods/{payment_method}", more)
+
+    def detach_card(self, payment_method: str) -> Json:
+        return self.call("POST", f"payment_methods/{payment_method}/detach", {})
 
     def reset(self) -> None:
         self.call("POST", "reset")

@@ -2,8 +2,10 @@
 
 As documented (docs.stripe.com/webhooks, docs.stripe.com/event-destinations): a v1 endpoint gets snapshot
 events, a v2 destination snapshot or thin ones as it was created; a secret is told once, at creation; a rolled
-secret stays valid for at most 24 hours beside its successor. Only webhook endpoints are simulated, and `http`
-is allowed as in a sandbox. There is no API for rolling a secret, so tests do it through the control API.
+secret stays valid for at most 24 hours beside its successor; an endpoint made with `connect` gets the events
+of connected accounts and no others, one without it the platform's own (docs.stripe.com/connect/webhooks), and
+`events_from` says the same of a v2 destination. Only webhook endpoints are simulated, and `http` is allowed
+as in a sandbox. There is no API for rolling a secret, so tests do it through the control API.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from services.stripe_simulator.moments import rfc3339
 from services.stripe_simulator.store import Store
 
 Payload = Literal["snapshot", "thin"]
+SELF, ACCOUNTS = "@self", "@accounts"  # whose events: the account's own, its connected accounts'
+APPLICATION = "ca_simulator"  # of the platform, the same for all connected accounts
 ROLL_SECONDS_MAX = 24 * 3600
 DESTINATIONS_MAX = 16  # of one account (docs.stripe.com/webhooks)
 EVENT_TYPES_MAX = 500
@@ -41,9 +45,13 @@ class Destination:
     enabled: bool = True
     old_secret: str | None = None
     old_secret_until: float = 0.0
+    events_from: list[str] = field(default_factory=lambda: [SELF])
 
-    def wants(self, payload: Payload, event_type: str) -> bool:
+    def wants(self, payload: Payload, event_type: str, account: str | None = None) -> bool:
+        """`account` is the connected account of the event; None stands for the platform's own."""
         if not self.enabled or payload != self.payload:
+            return False
+        if (SELF if account is None else ACCOUNTS) not in self.events_from:
             return False
         return event_type in self.enabled_events or "*" in self.enabled_events
 
@@ -58,7 +66,7 @@ class Destination:
             "id": self.id,
             "object": "webhook_endpoint",
             "api_version": None,
-            "application": None,
+            "application": APPLICATION if ACCOUNTS in self.events_from else None,
             "created": int(self.created),
             "description": self.description,
             "enabled_events": self.enabled_events,
@@ -78,7 +86,7 @@ class Destination:
             "description": self.description or "",
             "enabled_events": self.enabled_events,
             "event_payload": self.payload,
-            "events_from": ["@self"],
+            "events_from": self.events_from,
             "livemode": False,
             "metadata": self.metadata,
             "name": self.name,
@@ -102,6 +110,7 @@ def read_endpoint(params: Params, now: float) -> Destination:
     url, enabled_events = _url(params), _events(params)
     description = params.text("description")
     metadata = params.text_map("metadata", length_max=METADATA_LENGTH_MAX) or {}
+    connect = params.flag("connect")
     params.text("api_version")
     params.finish()
     return Destination(
@@ -113,6 +122,7 @@ def read_endpoint(params: Params, now: float) -> Destination:
         secret=new_secret(),
         description=description,
         metadata=metadata,
+        events_from=[ACCOUNTS] if connect else [SELF],
     )
 
 
@@ -148,7 +158,10 @@ def read_destination(params: Params, now: float) -> tuple[Destination, list[str]
     endpoint.finish()
     description = params.text("description")
     metadata = params.text_map("metadata", length_max=METADATA_LENGTH_MAX) or {}
-    params.texts("events_from")
+    events_from = params.texts("events_from") or [SELF]
+    if not set(events_from) <= {SELF, ACCOUNTS}:
+        message = f"Invalid events_from: must be of {SELF}, {ACCOUNTS}"
+        raise InvalidParameters(message, param="events_from")
     params.text("snapshot_api_version")
     params.finish()
     destination = Destination(
@@ -161,6 +174,7 @@ def read_destination(params: Params, now: float) -> tuple[Destination, list[str]
         name=name,
         description=description,
         metadata=metadata,
+        events_from=events_from,
     )
     return destination, include
 
@@ -216,8 +230,8 @@ class Destinations:
         rows = self._store.read("SELECT body FROM destinations ORDER BY rowid")
         self.known = {one.id: one for one in (Destination(**json.loads(body)) for (body,) in rows)}
 
-    def wanting(self, payload: Payload, event_type: str) -> list[Destination]:
-        return [one for one in self.known.values() if one.wants(payload, event_type)]
+    def wanting(self, payload: Payload, event_type: str, account: str | None) -> list[Destination]:
+        return [one for one in self.known.values() if one.wants(payload, event_type, account)]
 
     def find(self, destination_id: str) -> Destination:
         found = self.known.get(destination_id)

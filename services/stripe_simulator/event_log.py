@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from services.stripe_simulator.deliveries import Deliveries
 from services.stripe_simulator.destinations import Destinations, Payload
 from services.stripe_simulator.errors import Json, missing_object
+from services.stripe_simulator.ledger import Origin
 from services.stripe_simulator.meters import new_id
 from services.stripe_simulator.moments import rfc3339
 from services.stripe_simulator.store import Store
@@ -28,6 +29,19 @@ class Kept:
     body: Json
 
 
+@dataclass(frozen=True, slots=True)
+class Occasion:
+    """When something happened, when it is told, and the request that did it, if one did."""
+
+    at: float
+    now: float
+    origin: Origin | None = None
+
+    @classmethod
+    def of(cls, origin: Origin) -> Occasion:
+        return cls(origin.received_at, origin.received_at, origin)
+
+
 class EventLog:
     def __init__(
         self, store: Store, destinations: Destinations, deliveries: Deliveries, version: str
@@ -37,21 +51,31 @@ class EventLog:
         self._deliveries = deliveries
         self._version = version
 
-    def snapshot(self, event_type: str, about: Json, created: float, now: float) -> str:
-        """A v1 event with the object as it is; returns its id."""
+    def snapshot(
+        self, event_type: str, about: Json, when: Occasion, *, previous: Json | None = None, account: str = ""
+    ) -> str:
+        """A v1 event with the object as it is; returns its id.
+
+        ``previous`` holds the old values of what changed; ``account`` is a connected account.
+        """
+        wanting = self._destinations.wanting("snapshot", event_type, account or None)
+        request: Json = {"id": None, "idempotency_key": None}
+        if when.origin is not None:
+            request = {"id": when.origin.request_id, "idempotency_key": when.origin.idempotency_key}
         body: Json = {
             "id": new_id("evt_test"),
             "object": "event",
+            **({"account": account} if account else {}),
             "api_version": self._version,
-            "created": int(created),
-            "data": {"object": about},
+            "created": int(when.at),
+            "data": {"object": about} | ({"previous_attributes": previous} if previous else {}),
             "livemode": False,
-            "pending_webhooks": len(self._destinations.wanting("snapshot", event_type)),
-            "request": {"id": None, "idempotency_key": None},
+            "pending_webhooks": len(wanting),
+            "request": request,
             "type": event_type,
         }
-        self._keep("snapshot", event_type, body, created)
-        self._send("snapshot", event_type, body, now)
+        self._keep("snapshot", event_type, body, when.at)
+        self._send("snapshot", event_type, body, when.now)
         return str(body["id"])
 
     def thin(
@@ -82,17 +106,20 @@ class EventLog:
             body.pop("data", None)
         self._send(kind, event_type, body, now)
 
-    def find(self, kind: Payload, event_id: str, now: float) -> Json:
+    def find(self, kind: Payload, event_id: str, now: float, account: str | None = None) -> Json:
+        """The event, if it can still be retrieved; of this connected account, or of the platform for None."""
         row = self._store.read_one(
             "SELECT body FROM events WHERE id = ? AND kind = ? AND created > ?",
             (event_id, kind, now - RETRIEVABLE_SECONDS),
         )
-        if row is None:
+        found: Json = {} if row is None else json.loads(row[0])
+        if not found or found.get("account") != account:
             raise missing_object("event", event_id, param="id", status=404)
-        found: Json = json.loads(row[0])
         return found
 
-    def newest_first(self, kind: Payload, types: list[str], now: float) -> list[Kept]:
+    def newest_first(
+        self, kind: Payload, types: list[str], now: float, account: str | None = None
+    ) -> list[Kept]:
         """Those that can still be retrieved; no types means all of them."""
         rows = self._store.read(
             "SELECT sequence, body FROM events WHERE kind = :kind AND created > :since"
@@ -106,7 +133,8 @@ class EventLog:
                 "limit": LISTED_MAX,
             },
         )
-        return [Kept(sequence, json.loads(body)) for sequence, body in rows]
+        kept = [Kept(sequence, json.loads(body)) for sequence, body in rows]
+        return [one for one in kept if one.body.get("account") == account]
 
     def _keep(self, kind: Payload, event_type: str, body: Json, created: float) -> None:
         self._store.write(
@@ -115,5 +143,5 @@ class EventLog:
         )
 
     def _send(self, kind: Payload, event_type: str, body: Json, now: float) -> None:
-        for destination in self._destinations.wanting(kind, event_type):
+        for destination in self._destinations.wanting(kind, event_type, body.get("account")):
             self._deliveries.add(destination, event_type, body, now)

@@ -82,8 +82,7 @@ class Params:
     def __init__(self, form: Mapping[str, FormValue], inside: str = "") -> None:
         self._left = dict(form)
         self._inside = inside
-        if not inside:
-            self._left.pop("expand", None)  # accepted on every call, and there is nothing to expand
+        self._expand = None if inside else self._left.pop("expand", None)  # accepted on every call
 
     def name(self, name: str) -> str:
         return f"{self._inside}[{name}]" if self._inside else name
@@ -150,6 +149,29 @@ class Params:
         if not isinstance(items, list) or not all(isinstance(one, str) for one in items):
             raise InvalidParameters(f"Invalid array: {self.name(name)}", param=self.name(name))
         return [one for one in items if isinstance(one, str)]
+
+    def expand(self) -> list[str]:
+        """Which references the answer shows whole; endpoints without any never ask."""
+        return [] if self._expand is None else Params({"expand": self._expand}, "expand").texts("expand")
+
+    def flag(self, name: str) -> bool | None:
+        value = self.choice(name, ("true", "false"))
+        return None if value is None else value == "true"
+
+    def objects(self, name: str) -> list[Params]:
+        """A list of objects, `items[0][price]=…`, in the order of their numbers; empty when absent."""
+        level = self.nested(name)
+        numbers = [key for key in level._left if key.isdecimal()]
+        return [level.nested(number) for number in sorted(numbers, key=int)]
+
+    def bounds(self, name: str) -> dict[str, int]:
+        """A filter by time, `created=5` or `created[gte]=5`: the moment for each operator."""
+        if isinstance(self._left.get(name), str):
+            return {"eq": self.required_integer(name)}
+        level = self.nested(name)
+        given = {operator: level.integer(operator) for operator in ("gt", "gte", "lt", "lte")}
+        level.finish()
+        return {operator: moment for operator, moment in given.items() if moment is not None}
 
     def text_map(self, name: str, *, length_max: int) -> dict[str, str] | None:
         """A flat map of strings (`payload`, `metadata`); None when absent."""

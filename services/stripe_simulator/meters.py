@@ -10,8 +10,8 @@ import secrets
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, cast
 
-from services.stripe_simulator.errors import ApiError, Json, missing_object
-from services.stripe_simulator.forms import Params
+from services.stripe_simulator.errors import ApiError, InvalidParameters, Json, missing_object
+from services.stripe_simulator.forms import TEXT_LENGTH_MAX, Params
 from services.stripe_simulator.store import Store
 
 Formula = Literal["sum", "count", "last"]
@@ -19,6 +19,7 @@ TimeWindow = Literal["hour", "day"]
 FORMULAS = ("sum", "count", "last")
 TIME_WINDOWS = ("day", "hour")
 METADATA_LENGTH_MAX = 500
+ADDRESS_FIELDS = ("city", "country", "line1", "line2", "postal_code", "state")
 
 
 def new_id(prefix: str) -> str:
@@ -34,9 +35,15 @@ class Customer:
     description: str | None = None
     phone: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    address: dict[str, str | None] | None = None
+    deleted: bool = False
 
     def to_json(self) -> Json:
-        return {"object": "customer", **asdict(self), "livemode": False}
+        if self.deleted:
+            return {"id": self.id, "object": "customer", "deleted": True}
+        fields = asdict(self)
+        del fields["deleted"]
+        return {"object": "customer", **fields, "livemode": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +86,35 @@ class Meter:
 def read_customer(params: Params, known: Customer) -> Customer:
     """`known` with the fields that the parameters name; an empty string clears a field."""
     changes = {name: params.text(name) for name in ("email", "name", "description", "phone")}
-    metadata = params.text_map("metadata", length_max=METADATA_LENGTH_MAX) or {}
+    address = read_address(params, known.address)
+    metadata = read_metadata(params, known.metadata)
     params.finish()
     given = {name: value or None for name, value in changes.items() if value is not None}
-    return replace(known, **given, metadata=known.metadata | metadata)  # type: ignore[arg-type]
+    return replace(known, **given, address=address, metadata=metadata)  # type: ignore[arg-type]
+
+
+def read_address(params: Params, known: dict[str, str | None] | None) -> dict[str, str | None] | None:
+    """An address that is given replaces the known one whole (a choice); an empty string removes it."""
+    if not params.has("address"):
+        return known
+    given = params.text_map("address", length_max=TEXT_LENGTH_MAX)
+    if given is None:
+        return None
+    unknown = sorted(set(given) - set(ADDRESS_FIELDS))
+    if unknown:
+        name = f"address[{unknown[0]}]"
+        message = f"Received unknown parameter: {name}"
+        raise InvalidParameters(message, code="parameter_unknown", param=name)
+    return {name: given.get(name) or None for name in ADDRESS_FIELDS}
+
+
+def read_metadata(params: Params, known: dict[str, str]) -> dict[str, str]:
+    """`known` with what is given: an empty value unsets its key, an empty `metadata` all of them."""
+    if not params.has("metadata"):
+        return known
+    given = params.text_map("metadata", length_max=METADATA_LENGTH_MAX)
+    merged = {} if given is None else known | given
+    return {key: value for key, value in merged.items() if value}
 
 
 def read_meter(params: Params, meter_id: str, now: int) -> Meter:
@@ -117,11 +149,12 @@ def read_meter(params: Params, meter_id: str, now: int) -> Meter:
 
 
 class Registry:
-    """All customers and meters, oldest first."""
+    """All customers and meters, oldest first. A deleted customer can be looked at and nothing else."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.customers: dict[str, Customer] = {}
+        self.deleted: dict[str, Customer] = {}
         self.meters: dict[str, Meter] = {}
         self._by_event_name: dict[str, Meter] = {}
         self.load()
@@ -129,12 +162,14 @@ class Registry:
     def load(self) -> None:
         customers = self._store.read("SELECT body FROM customers ORDER BY rowid")
         meters = self._store.read("SELECT body FROM meters ORDER BY rowid")
-        self.customers = {one.id: one for one in (Customer(**json.loads(body)) for (body,) in customers)}
+        self.customers, self.deleted = {}, {}
+        for customer in (Customer(**json.loads(body)) for (body,) in customers):
+            self._place_customer(customer)
         self.meters = {one.id: one for one in (Meter(**json.loads(body)) for (body,) in meters)}
         self._index_event_names()
 
     def keep_customer(self, customer: Customer) -> None:
-        self.customers[customer.id] = customer
+        self._place_customer(customer)
         self._keep("customers", customer.id, json.dumps(asdict(customer)))
 
     def keep_meter(self, meter: Meter) -> None:
@@ -162,6 +197,13 @@ class Registry:
     def meter_for(self, event_name: str) -> Meter | None:
         """The active meter of this event name, else an archived one, else None."""
         return self._by_event_name.get(event_name)
+
+    def _place_customer(self, customer: Customer) -> None:
+        there, away = self.customers, self.deleted
+        if customer.deleted:
+            there, away = away, there
+        there[customer.id] = customer
+        away.pop(customer.id, None)
 
     def _index_event_names(self) -> None:
         archived_first = sorted(self.meters.values(), key=lambda meter: meter.active)

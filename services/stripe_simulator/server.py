@@ -13,8 +13,11 @@ from prometheus_client import generate_latest
 
 from services.stripe_simulator.answering import deliver
 from services.stripe_simulator.api import Api
+from services.stripe_simulator.api_billing import BillingApi
+from services.stripe_simulator.api_customers import CustomersApi
 from services.stripe_simulator.api_events import EventsApi
 from services.stripe_simulator.background import Background
+from services.stripe_simulator.billing import assemble_billing
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.config import SimulatorConfig
 from services.stripe_simulator.control import add_control_routes
@@ -27,12 +30,12 @@ from services.stripe_simulator.events import MeterEvents
 from services.stripe_simulator.faults import NO_FAULT, FaultTape
 from services.stripe_simulator.freshness import Freshness
 from services.stripe_simulator.gateway import DEFAULT_ACCOUNT, Call, Endpoint, Gateway
-from services.stripe_simulator.invoices import Invoices
 from services.stripe_simulator.ledger import Ledger
 from services.stripe_simulator.meters import Registry
 from services.stripe_simulator.observations import Observations
 from services.stripe_simulator.profile import EMPTY, Profile
 from services.stripe_simulator.reports import ErrorReports
+from services.stripe_simulator.resources import Resources
 from services.stripe_simulator.sessions import Sessions
 from services.stripe_simulator.simulator import Simulator
 from services.stripe_simulator.store import Store
@@ -91,12 +94,17 @@ def assemble(config: SimulatorConfig) -> Simulator:
     destinations = Destinations(store)
     deliveries = Deliveries(store, webhook_faults, config.webhook_retries)
     event_log = EventLog(store, destinations, deliveries, API_VERSION)
-    invoices = Invoices(config, store, registry, ledger, event_log)
+    resources = Resources(store, event_log)
+    billing = assemble_billing(config, resources, registry, ledger, event_log)
     reports = ErrorReports(config, store, event_log)
     courier = Courier(store, clock, destinations, deliveries, config.webhook_timeout_seconds)
-    background = Background(clock, reports, invoices, courier)
-    metering = Api(registry, ledger, events, sessions, stream, freshness)
-    about_events = EventsApi(destinations, event_log, invoices, background.catch_up)
+    background = Background(clock, reports, resources, billing.steps(), courier)
+    apis = (
+        Api(registry, ledger, events, sessions, stream, freshness),
+        CustomersApi(registry, event_log, billing.subscriptions),
+        BillingApi(resources, registry, billing.prices, billing.subscriptions, background.catch_up),
+        EventsApi(destinations, event_log, background.catch_up),
+    )
     return Simulator(
         config=config,
         store=store,
@@ -111,10 +119,10 @@ def assemble(config: SimulatorConfig) -> Simulator:
         deliveries=deliveries,
         webhook_faults=webhook_faults,
         event_log=event_log,
-        invoices=invoices,
+        billing=billing,
         background=background,
         gateway=Gateway(config, clock, store, sessions, faults, observations),
-        endpoints=metering.endpoints() | about_events.endpoints(),
+        endpoints={route: one for api in apis for route, one in api.endpoints().items()},
         closing=asyncio.Event(),
     )
 

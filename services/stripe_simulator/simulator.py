@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 from services.stripe_simulator.background import Background
+from services.stripe_simulator.billing import Billing
 from services.stripe_simulator.clock import Clock
 from services.stripe_simulator.config import SimulatorConfig
 from services.stripe_simulator.deliveries import Deliveries, read_webhook_rule
@@ -15,7 +16,6 @@ from services.stripe_simulator.event_log import EventLog
 from services.stripe_simulator.faults import FaultTape, read_rule
 from services.stripe_simulator.freshness import Freshness
 from services.stripe_simulator.gateway import Endpoint, Gateway
-from services.stripe_simulator.invoices import Invoices
 from services.stripe_simulator.ledger import Ledger
 from services.stripe_simulator.meters import Registry
 from services.stripe_simulator.observations import Observations
@@ -39,7 +39,7 @@ class Simulator:
     deliveries: Deliveries
     webhook_faults: FaultTape
     event_log: EventLog
-    invoices: Invoices
+    billing: Billing
     background: Background
     gateway: Gateway
     endpoints: dict[tuple[str, str], Endpoint]

@@ -84,8 +84,12 @@ CREATE TABLE IF NOT EXISTS deliveries (
     fault_seconds REAL NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (due_at, sequence) WHERE state = 'pending';
-CREATE TABLE IF NOT EXISTS invoices (id TEXT PRIMARY KEY, due_at REAL, body TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS invoices_due ON invoices (due_at) WHERE due_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS resources (
+    id TEXT PRIMARY KEY, kind TEXT NOT NULL, created INTEGER NOT NULL, due_at REAL, belongs_to TEXT,
+    body TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS resources_by_kind ON resources (kind, created);
+CREATE INDEX IF NOT EXISTS resources_due ON resources (due_at) WHERE due_at IS NOT NULL;
 """
 
 # Columns that files of an earlier version lack: (table, column, declaration).
@@ -113,7 +117,7 @@ TABLES = (
     "destinations",
     "events",
     "deliveries",
-    "invoices",
+    "resources",
 )
 
 

@@ -40,7 +40,7 @@ def test_an_unknown_url_is_answered_as_stripe_does(sim: SimulatorControl) -> Non
     response = http.get(f"{sim.url}/v1/unicorns")
     assert response.status_code == 404
     assert response.json()["error"]["message"].startswith("Unrecognized request URL (GET: /v1/unicorns).")
-    assert http.delete(f"{sim.url}/v1/customers/cus_1").status_code == 404
+    assert http.delete(f"{sim.url}/v1/prices/price_1").status_code == 404
     assert http.post(f"{sim.url}/v2/billing/unicorns").status_code == 404
 
 
