@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import adjustments, apply, meter_events, operate, periods, services, status
+from services.cli import adjustments, apply, meter_events, operate, periods, services, status, upkeep
 from services.cli.bench import bench
 from services.cli.demo import demo
 from services.cli.keys import keys_app
@@ -60,6 +60,8 @@ for command in (
     services.ingest,
     services.counters,
     services.pusher,
+    upkeep.upkeep,
+    upkeep.prune,
     services.migrate,
     operate.resume,
     bench,
