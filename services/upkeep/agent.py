@@ -117,6 +117,7 @@ async def run(settings: Settings) -> None:
     check_catalog()
     chain = upcasters()
     check_chain(chain)
+    settings.kafka()  # said at the start, not by the first loop that needs it
     mailing = Mailing.from_settings(settings)
     health = Health()
     jobs = Jobs(settings, health)

@@ -21,9 +21,9 @@ from services.upkeep.mails import Post
 from services.wire.errors import Misconfigured
 from services.wire.settings import Settings
 
-#: For each answer, and for the whole conversation.
+#: For each answer, and for the whole conversation: less than a process is given to stop.
 ANSWER_SECONDS = 15.0
-TOTAL_SECONDS = 40.0
+TOTAL_SECONDS = 25.0
 
 Outcome = Literal["sent", "refused", "unknown"]
 
