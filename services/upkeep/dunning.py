@@ -28,6 +28,8 @@ Connection = psycopg.Connection[Any]
 
 LOOK_SECONDS = 600.0
 PAGE_MAX = 100
+#: So many questions without an answer end a round; fewer are about single subscriptions.
+AWAY_IN_A_ROW_MAX = 3
 #: Stripe has not given up on it and has not been paid.
 UNPAID = frozenset({"past_due", "unpaid"})
 
@@ -132,12 +134,11 @@ async def ask(stripe: StripeReader, overdue: Overdue, asked_at: datetime) -> Fre
         Missing: there is none, so the key is of another account or mode.
     """
     found = await stripe.subscription(overdue.subscription_id, overdue.account)
-    try:
-        details = found.cancellation_details
-        wanted = details is not None and details.reason == "cancellation_requested"
-        return Fresh(found.status, wanted, asked_at)
-    except (AttributeError, KeyError) as error:
-        raise Away("unreadable") from error
+    details = getattr(found, "cancellation_details", None)
+    status = getattr(found, "status", None)
+    if not isinstance(status, str):
+        raise Away("unreadable")
+    return Fresh(status, getattr(details, "reason", None) == "cancellation_requested", asked_at)
 
 
 class Dunning:
@@ -155,7 +156,7 @@ class Dunning:
         """One round; ends early when Stripe is away."""
         before = self._clock() - self._patience
         last: Overdue | None = None
-        missing = told = 0
+        missing = told = away_in_a_row = 0
         self._away = None
         while overdue := await in_thread(self._database, page, before, last):
             for one in overdue:
@@ -163,11 +164,16 @@ class Dunning:
                     fresh = await ask(self._stripe, one, self._clock())
                 except Missing:
                     missing += 1
+                    away_in_a_row = 0
                     continue
                 except Away as away:
                     self._away = away.reason
+                    away_in_a_row += 1
                     log.warning("waiting", world="Stripe", job="dunning", code=away.reason)
-                    return False
+                    if away_in_a_row == AWAY_IN_A_ROW_MAX:
+                        return False
+                    continue
+                away_in_a_row = 0
                 told += await in_thread(self._database, store, one, fresh, self._clock())
             last = overdue[-1]
         self._missing = missing

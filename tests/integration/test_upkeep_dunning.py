@@ -131,6 +131,26 @@ def test_while_stripe_is_away_it_is_left_for_later_and_health_says_so(
     assert len(told(db)) == 1
 
 
+def test_one_that_stripe_gives_no_answer_about_holds_up_no_other(
+    db: Connection, postgres_dsn: str, stripe: SimulatorControl, subscribed: str
+) -> None:
+    subscription_row(db, "sub_that_fails", past_due_since=LONG_AGO - timedelta(days=1))
+    subscription_row(db, subscribed, past_due_since=LONG_AGO)
+    stripe.play({"fault": "status", "status": 500, "times": 9, "match": {"path": "*/sub_that_fails"}})
+    assert sweep(postgres_dsn, stripe.url, rounds=2)[0] == "degraded"
+    assert [event["attributes"]["subscription_id"] for event in told(db)] == [subscribed]
+
+
+def test_a_stripe_that_is_away_is_asked_no_more_than_a_few_times_a_round(
+    db: Connection, postgres_dsn: str, stripe: SimulatorControl
+) -> None:
+    for number in range(20):
+        subscription_row(db, f"sub_{number}", past_due_since=LONG_AGO)
+    stripe.play({"fault": "status", "status": 503, "times": 3})
+    assert "503" in sweep(postgres_dsn, stripe.url)[1]
+    assert "20 subscriptions" in sweep(postgres_dsn, stripe.url)[1], "the three faults were all used up"
+
+
 def test_one_that_stripe_does_not_have_holds_up_no_other(
     db: Connection, postgres_dsn: str, stripe: SimulatorControl, subscribed: str
 ) -> None:

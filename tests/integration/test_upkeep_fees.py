@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -231,6 +232,34 @@ def test_a_connected_accounts_charge_is_asked_for_at_that_account(
         server.server_close()
     assert sorted(asked) == [("/v1/charges/ch_theirs", "acct_1"), ("/v1/refunds/re_ours", None)]
     assert rows(db, "state, attempts") == [("pending", 1), ("pending", 1)]
+
+
+def test_a_charge_and_its_refund_settled_at_the_same_moment_tell_of_the_kept_fee_once(
+    postgres_dsn: str, db: Connection
+) -> None:
+    pairs = 30
+    for number in range(pairs):
+        fee_row(db, f"ch_{number}", 1000)
+        fee_row(db, f"re_{number}", 1000, kind="refund", charge=f"ch_{number}")
+    due = {one.object_id: one for one in claim(db, NOW, LEASE, limit=2 * pairs)}
+    together = threading.Barrier(2)
+
+    def settle_all(kind: str, prefix: str, amount: int, fee: int) -> None:
+        with psycopg.connect(postgres_dsn, autocommit=True) as own:
+            for number in range(pairs):
+                one = due[f"{prefix}_{number}"]
+                booked = Booked(f"txn_{prefix}", kind, one.object_id, amount, fee, amount - fee, "usd", False)
+                together.wait(10)
+                assert settle(own, one, booked, NOW) == "matched"
+
+    with ThreadPoolExecutor(2) as pool:
+        work = [
+            pool.submit(settle_all, "charge", "ch", 1000, 59),
+            pool.submit(settle_all, "refund", "re", -1000, 0),
+        ]
+        for one in work:
+            one.result()
+    assert sorted(event["subject_id"] for event in told(db)) == sorted(f"re_{n}" for n in range(pairs))
 
 
 def test_two_processes_never_claim_the_same_row_and_a_lease_that_ended_counts_for_nothing(

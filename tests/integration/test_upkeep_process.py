@@ -163,6 +163,25 @@ def test_with_the_mail_server_away_everything_else_goes_on_and_the_mail_waits(
     assert worker.stop() == 0
 
 
+def test_told_to_stop_inside_a_mail_it_finishes_it_first(pipeline: Pipeline, db: Connection) -> None:
+    emit(db, an_ops_event(1))
+    box = Mailbox()
+    with mail_server(box) as port:
+        worker = pipeline.worker("upkeep", UPKEEP, **mailed(port))
+
+        def stop(_: Any) -> str:
+            worker.send(signal.SIGTERM)
+            until(lambda: "worker stops" in worker.log(), "it heard", 20)
+            return "250 OK"
+
+        box.answers = [stop]
+        worker.start()
+        assert worker.ended(60) == 0
+    assert pipeline.query("SELECT state, attempts FROM notifications") == [("sent", 1)]
+    assert len(box.mails) == 1
+
+
+@pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_killed_at_random_and_inside_mails_it_tells_of_everything_once(
     pipeline: Pipeline, db: Connection, stripe: SimulatorControl

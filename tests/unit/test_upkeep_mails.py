@@ -8,6 +8,8 @@ from email import message_from_bytes, policy
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.upkeep.agent import Mailing
 from services.upkeep.mails import MAILED, NEVER, Notice, Post, message, names_of
@@ -20,7 +22,7 @@ POST = Post("tidemeter@example.com", ("ops@example.com", "finance@example.com"))
 ROOT = Path(__file__).parents[2]
 
 
-def notice(number: int = 1, subject_id: str = "usage.v3/0/17", **attributes: str) -> Notice:
+def notice(number: int = 1, subject_id: str = "usage.v3/0/17", /, **attributes: str) -> Notice:
     return Notice(f"{number:032x}", "partition_halted", "partition", subject_id, "counters", attributes, NOW)
 
 
@@ -72,6 +74,17 @@ def test_no_identifier_can_add_a_header_or_a_line() -> None:
 def test_an_identifier_of_any_length_leaves_lines_that_mail_servers_take() -> None:
     raw = message([notice(1, "ü" * 5000)], POST, NOW).as_bytes()
     assert max(len(line) for line in raw.splitlines()) < 998
+
+
+@given(st.lists(st.tuples(st.text(max_size=300), st.text(max_size=300)), max_size=4), st.text(max_size=300))
+def test_whatever_an_ops_event_holds_a_mail_can_be_made_of_it(
+    attributes: list[tuple[str, str]], subject_id: str
+) -> None:
+    made = message([notice(1, subject_id, **dict(attributes))], POST, NOW)
+    mail = message_from_bytes(made.as_bytes(), policy=policy.SMTP)
+    assert set(mail.keys()) == set(made.keys())
+    assert mail["Message-ID"] == f"<{1:032x}@example.com>"
+    assert mail["To"] == ", ".join(POST.recipients)
 
 
 def test_a_mail_that_failed_for_good_never_makes_a_mail() -> None:
