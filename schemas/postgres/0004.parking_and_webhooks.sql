@@ -235,6 +235,7 @@ CREATE TABLE stripe_fees (
     CHECK ((state = 'pending') = (settled_at IS NULL))
 );
 CREATE INDEX stripe_fees_due ON stripe_fees (next_attempt_at) WHERE state = 'pending';
+CREATE INDEX stripe_fees_refunds ON stripe_fees (charge_id) WHERE kind = 'refund';
 
 CREATE TABLE stripe_cards (
     payment_method  text PRIMARY KEY,

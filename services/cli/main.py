@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import adjustments, apply, meter_events, operate, periods, services, status
+from services.cli import adjustments, apply, meter_events, operate, periods, services, status, upkeep
 from services.cli.bench import bench
 from services.cli.bridge import bridge
 from services.cli.demo import demo
@@ -63,6 +63,8 @@ for command in (
     services.counters,
     services.pusher,
     bridge,
+    upkeep.upkeep,
+    upkeep.prune,
     services.migrate,
     operate.resume,
     bench,

@@ -158,6 +158,10 @@ class Settings(BaseSettings):
     smtp_password: SecretStr | None = Field(None, description="Password at the mail server.")
     mail_from: str | None = Field(None, description="Sender of notifications.")
     mail_to: str | None = Field(None, description="Who gets notifications, separated by commas.")
+    mail_events: str | None = Field(
+        None,
+        description="Ops events that make a mail: `all`, or names, separated by commas; unset for the usual.",
+    )
 
     stripe_api_key: SecretStr | None = Field(None, description="Restricted Stripe key for meter events.")
     stripe_api_base: str | None = Field(
