@@ -32,6 +32,7 @@ from tests.oracle import HOUR_S, Bucket, Item, Logged, Meter, Truth, Usage, peri
 GROUP = "tidemeter-counters"
 USAGE = ("usage.v1", "usage.v2", "usage.v3")
 PARKED = {"dead_lettered": "dead_letters.v1", "upcast_failed": "upcast_failures.v1"}
+KINDS = {"dead_lettered": "dead_letter", "upcast_failed": "upcast_failure"}
 TOPICS = (*USAGE, *PARKED.values(), "conflicts.v1", "adjustments.v1", "deltas.v1", "ops.v1")
 OUTCOMES = ("counted", "duplicate", "conflict", "late_counted", "adjusted", "dead_lettered", "upcast_failed")
 ROOT = Path(__file__).parent.parent
@@ -505,11 +506,20 @@ class Pipeline:
         for outcome, topic in PARKED.items():
             wanted = {json.dumps(one, separators=(",", ":")).encode() for one in expected.parked[outcome]}
             assert {one.key for one in self.read(topic)} == wanted
+            kept = self.query(
+                'SELECT topic, partition, "offset" FROM parked_records WHERE (kind, state) = (%s, %s)',
+                KINDS[outcome],
+                "parked",
+            )
+            assert {json.dumps(list(row), separators=(",", ":")).encode() for row in kept} == wanted
         conflicts = {
             (one["second_topic"], one["second_partition"], one["second_offset"])
             for one in (unframe("conflict", 1, one.value) for one in self.read("conflicts.v1"))
         }
         assert len(conflicts) == expected.outcomes["conflict"]
+        assert conflicts == set(
+            self.query("SELECT topic, partition, \"offset\" FROM parked_records WHERE kind = 'conflict'")
+        )
         adjustments = {
             one["adjustment_id"]: one
             for one in (unframe("adjustment", 1, one.value) for one in self.read("adjustments.v1"))

@@ -7,16 +7,19 @@ current version, or an output that its target schema refuses is an error that na
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import fastavro
 from fastavro.validation import validate
 
-from schemas.catalog import CURRENT_VERSIONS, ROOT, released
-from upcasters import usage_delta_v1_to_v2, usage_event_v1_to_v2, usage_event_v2_to_v3
+from schemas.catalog import CURRENT_VERSIONS, LOCK_FILE, ROOT, released
+from upcasters import usage_delta_v1_to_v2, usage_event_v1_to_v2, usage_event_v2_to_v3, values
 from upcasters.values import Record, Rejected
 
 STEPS: tuple[ModuleType, ...] = (usage_event_v1_to_v2, usage_event_v2_to_v3, usage_delta_v1_to_v2)
@@ -132,6 +135,15 @@ def _fits(subject: str, version: int, record: Any) -> bool:
 def upcasters() -> Upcasters:
     """The product's own chain."""
     return Upcasters((_step(module) for module in STEPS), CURRENT_VERSIONS)
+
+
+@cache
+def revision() -> str:
+    """Names the schemas and upcasters of this release: another release of the same ones has the same name."""
+    digest = hashlib.blake2b(LOCK_FILE.read_bytes(), digest_size=8)
+    for module in (*STEPS, values):
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
 
 
 def check_chain(chain: Upcasters) -> int:

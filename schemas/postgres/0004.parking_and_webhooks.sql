@@ -57,13 +57,14 @@ END
 $$;
 CREATE TRIGGER parked_records_guard BEFORE UPDATE ON parked_records FOR EACH ROW EXECUTE FUNCTION guard_parked_record();
 
--- Re-drives: asked for here, carried out by the counters in batches, each in one transaction with its progress.
+-- Re-drives: asked for here, carried out by the service that parked, in batches, each in one transaction with
+-- its progress.
 CREATE TABLE redrives (
     redrive_id    bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    tenant_id     text,                           -- null: an operator's, over all tenants
+    service       text NOT NULL,                  -- consumer group that parked the records, and tries them again
     choice        jsonb NOT NULL,                 -- which records
     dry_run       boolean NOT NULL,
-    requested_by  text NOT NULL,
+    requested_by  text NOT NULL,                  -- key:<key id>, cli:<user>, or automatic
     requested_at  timestamptz NOT NULL DEFAULT now(),
     state         text NOT NULL DEFAULT 'requested'
         CHECK (state IN ('requested', 'running', 'paused', 'done', 'cancelled')),

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from services.cli import adjustments, apply, meter_events, operate, periods, services, status, upkeep
+from services.cli import (
+    adjustments,
+    apply,
+    meter_events,
+    operate,
+    parked,
+    periods,
+    services,
+    status,
+    upkeep,
+)
 from services.cli.bench import bench
 from services.cli.bridge import bridge
 from services.cli.demo import demo
@@ -72,6 +82,7 @@ for command in (
     app.command()(command)
 app.command("stripe-simulator")(services.stripe_simulator)
 app.add_typer(meter_events.meter_events_app, name="meter-events")
+app.add_typer(parked.parked_app, name="parked")
 app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
 app.add_typer(keys_app, name="keys")

@@ -24,7 +24,7 @@ from services.console.adjustments import (
     decide,
     find,
 )
-from services.console.asking import ask, principal_of
+from services.console.asking import ask, principal_of, refuse_unknown_parameters
 from services.console.docs import DECIDE_RESPONSES, LIST_RESPONSES
 from services.web.problems import RequestRefused
 from services.wire.times import instant, micros
@@ -131,10 +131,7 @@ async def list_adjustments(
 
     With a tenant's key those of its own tenant, with an operator's key all.
     """
-    if not _PARAMETERS.issuperset(request.query_params.keys()):
-        raise RequestRefused(
-            400, "parameter_unknown", f"the parameters are {', '.join(sorted(_PARAMETERS))}", path="query"
-        )
+    refuse_unknown_parameters(request, _PARAMETERS)
     principal = await principal_of(request, "read")
 
     def page(db: psycopg.Connection[Any]) -> Sequence[Row]:
@@ -183,6 +180,9 @@ async def approve_adjustment(request: Request[Any, Any, AppState], adjustment_id
 async def reject_adjustment(request: Request[Any, Any, AppState], adjustment_id: str) -> Decided:
     """Have it never counted; it stays listed as rejected. Rejecting it again changes nothing."""
     return await _decide(request, adjustment_id, approved=False)
+
+
+ROUTES = (list_adjustments, approve_adjustment, reject_adjustment)
 
 
 async def _decide(request: Request[Any, Any, AppState], adjustment_id: str, *, approved: bool) -> Decided:

@@ -15,16 +15,32 @@ from services.web.problems import RETRY_AFTER_S, RequestRefused
 from services.wire.errors import Transient
 
 Answer = TypeVar("Answer")
+Asked = Callable[[psycopg.Connection[Any]], Answer]
 
 
 async def principal_of(request: Request[Any, Any, State], scope: Scope) -> Principal:
+    """Who asks.
+
+    Raises:
+        RequestRefused: nobody we know, or not with ``scope``; see :meth:`KeyStore.authenticate`.
+    """
     store: KeyStore = request.app.state.key_store
     return await store.authenticate(request.headers.get("authorization"), scope)
 
 
-async def ask(
-    request: Request[Any, Any, State], question: Callable[[psycopg.Connection[Any]], Answer]
-) -> Answer:
+def refuse_unknown_parameters(request: Request[Any, Any, State], known: frozenset[str]) -> None:
+    """A filter that is misspelt must not widen an answer.
+
+    Raises:
+        RequestRefused: 400, a query parameter is none of ``known``.
+    """
+    if not known.issuperset(request.query_params.keys()):
+        raise RequestRefused(
+            400, "parameter_unknown", f"the parameters are {', '.join(sorted(known))}", path="query"
+        )
+
+
+async def ask(request: Request[Any, Any, State], question: Asked[Answer]) -> Answer:
     """The answer of PostgreSQL, or 503."""
     store = request.app.state.database
 

@@ -18,6 +18,18 @@ LIST_RESPONSES: dict[int, ResponseSpec] = {
     400: documented("A parameter that does not exist, or a value that it does not take.", Problem),
     **_COMMON,
 }
+#: Every answer to a question about one thing but 200.
+ONE_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("The id is none.", Problem),
+    404: documented("There is nothing with this id, or it is of another tenant.", Problem),
+    **_COMMON,
+}
+#: Every answer to an act on what is chosen but the good one.
+ACT_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("A field that does not exist, a value it does not take, or nothing chosen.", Problem),
+    409: documented("So many need `force`.", Problem),
+    **_COMMON,
+}
 #: Every answer to a decision but 200.
 DECIDE_RESPONSES: dict[int, ResponseSpec] = {
     400: documented("The request is malformed.", Problem),

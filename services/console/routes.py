@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 from litestar.types import ControllerRouterHandler
 
-from services.console.adjustment_routes import approve_adjustment, list_adjustments, reject_adjustment
+from services.console import adjustment_routes, parked_routes
 
-ROUTES: Sequence[ControllerRouterHandler] = (list_adjustments, approve_adjustment, reject_adjustment)
+ROUTES: Sequence[ControllerRouterHandler] = (*adjustment_routes.ROUTES, *parked_routes.ROUTES)

@@ -22,17 +22,19 @@ from services.counters.deltas import DeltaWriter, Invoices
 from services.counters.generations import rotate_generations
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
+from services.counters.redriving import UsageRetry
 from services.streaming import outbox
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
 from services.streaming.observe import Health, Status
+from services.streaming.redriving import Redrives, redrive_forever
 from services.streaming.worker import Worker
 from services.wire import metrics
 from services.wire.codec import Encoder
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
 from services.wire.topics import USAGE_VERSIONS
-from upcasters.chain import check_chain, upcasters
+from upcasters.chain import check_chain, revision, upcasters
 
 log = structlog.get_logger(__name__)
 
@@ -149,12 +151,19 @@ async def run(settings: Settings) -> None:
     check_chain(chain)
     configuration = Database(settings.postgres(), "configuration")
     timer = DeltaTimer(settings)
+    preparer = Preparer(decoder_for(settings), chain)
     counters = Counters(
-        Preparer(decoder_for(settings), chain),
+        preparer,
         lambda: load_configuration(configuration.connection()),
         dedupe_days=settings.dedupe_days,
         revised=timer.note_revised,
     )
     health = Health({"closing": timer.health})
     worker = Worker(settings, group=GROUP, topics=list(USAGE_VERSIONS), handler=counters, health=health)
-    await worker.run(timer.loop, lambda: outbox.relay_forever(settings, GROUP, timer.relay))
+    retry = UsageRetry(preparer, dedupe_days=settings.dedupe_days)
+    redrives = Redrives(GROUP, retry, tried_with=revision())
+    await worker.run(
+        timer.loop,
+        lambda: outbox.relay_forever(settings, GROUP, timer.relay),
+        lambda: redrive_forever(settings, redrives),
+    )

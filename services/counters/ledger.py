@@ -32,13 +32,15 @@ from services.counters.prepare import (
     Prepared,
     Preparer,
     parked_rows,
+    rows_to_park,
 )
-from services.counters.records import adjustment_row, conflict_row
+from services.counters.records import adjustment_row, conflict_rows, conflict_to_park
 from services.counters.windows import OLDEST_US, Arrival, add, classify
 from services.streaming import breaker, offsets
 from services.streaming.chunks import Chunk
 from services.streaming.faults import fault_point
 from services.streaming.outbox import enqueue
+from services.streaming.parking import park
 from services.streaming.worker import Applied
 from services.wire import metrics
 from services.wire.errors import OffsetGap, Transient, require
@@ -46,6 +48,7 @@ from services.wire.periods import HOUR_US
 from services.wire.pgarrays import int8_array, register, uuid_array
 from services.wire.records import OutboxRow, ops_event
 from services.wire.topics import USAGE_VERSIONS
+from upcasters.chain import revision
 
 GROUP = "tidemeter-counters"
 
@@ -65,11 +68,13 @@ class FirstSeen:
 @dataclass(frozen=True, slots=True)
 class TooLate:
     """An event that is not counted as it came. ``watermark`` judged it; ``resend`` is whether its key may
-    have been forgotten since it was counted: then only a person can tell."""
+    have been forgotten since it was counted: then only a person can tell. ``counted_us`` is the time it
+    counts at if its meter carries it forward."""
 
     event: Event
     watermark: int
     resend: bool
+    counted_us: int
 
     @property
     def carried(self) -> bool:
@@ -179,34 +184,38 @@ class Counters:
 
     def _count(self, db: Connection, prepared: Prepared) -> tuple[list[OutboxRow], set[bytes]]:
         """Steps 4 to 7 for a chunk with at least one record; returns what has to leave, and revised items."""
-        _account_parked(prepared)
-        known = _remember_ids(db, prepared)  # 4
+        account_parked(prepared)
+        known = remember_ids(db, prepared)  # 4
         fault_point("tx.ids_remembered")
         buckets.lock_items(db, prepared.items.values())  # 5
-        decisions = _decide(prepared, known, self._key_age_us)  # 6
-        _carry_forward(db, prepared, decisions)
+        decisions = decide(prepared, known, self._key_age_us)  # 6
+        carry_forward(db, prepared, decisions)
         now_us = time.time_ns() // 1000
         chunk = prepared.chunk
         arrivals_us = chunk.records[0].timestamp * 1000, chunk.records[-1].timestamp * 1000
         revised = buckets.write(db, prepared.items.values(), arrivals_us)  # 7
         with db.pipeline():
-            _write_accounts(db, prepared)
+            write_accounts(db, prepared)
             rows = parked_rows(chunk, prepared.parked, now_us)
             rows.extend(adjustment_row(db, chunk, one) for one in decisions.too_late)
+            to_park = rows_to_park(chunk, prepared.parked)
             for event, first in decisions.conflicts:
-                rows.extend(conflict_row(db, chunk, event, first, now_us))
+                rows.extend(conflict_rows(chunk, event, first, now_us))
+                to_park.append(conflict_to_park(chunk, event))
+            park(db, GROUP, to_park, tried_with=revision())
         fault_point("tx.counted")
         return rows, revised
 
 
-def _account_parked(prepared: Prepared) -> None:
+def account_parked(prepared: Prepared) -> None:
+    """Give every parked record its outcome."""
     for one in prepared.parked:
         account = prepared.account(one.tenant_id, one.meter)
         account.received += 1
         setattr(account, one.outcome, getattr(account, one.outcome) + 1)
 
 
-def _remember_ids(db: Connection, prepared: Prepared) -> dict[bytes, FirstSeen]:
+def remember_ids(db: Connection, prepared: Prepared) -> dict[bytes, FirstSeen]:
     """Insert the ids of this chunk; returns those that were there before, with their first record.
 
     A look-up and a binary COPY of the rest cost half of INSERT … ON CONFLICT, which writes a second WAL
@@ -255,8 +264,15 @@ def _event_id(event: Event) -> bytes:
     return event[1]
 
 
-def _decide(prepared: Prepared, known: dict[bytes, FirstSeen], key_age_us: int) -> Decisions:
-    """Give every event its outcome, in offset order, and add what counts to the items' buckets."""
+def decide(
+    prepared: Prepared, known: dict[bytes, FirstSeen], key_age_us: int, redriven_us: int | None = None
+) -> Decisions:
+    """Give every event its outcome, in offset order, and add what counts to the items' buckets.
+
+    ``redriven_us``: the time at which parked records are tried again. How long they waited makes them no
+    later for the lateness window. For the limits of age they arrive then: Stripe takes nothing older, and
+    meanwhile their keys may have been counted and forgotten.
+    """
     decisions = Decisions()
     records = prepared.chunk.records
     tp = prepared.chunk.partition
@@ -272,7 +288,11 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen], key_age_us: int) 
                 decisions.conflicts.append((event, first))
             continue
         watermark, arrival_us = item.watermark, records[index].timestamp * 1000
-        arrival = classify(occurred, watermark, item.meter.lateness_us, arrival_us, age_max_us)
+        lateness_us = item.meter.lateness_us
+        if redriven_us is not None:
+            lateness_us += redriven_us - arrival_us
+            arrival_us = redriven_us
+        arrival = classify(occurred, watermark, lateness_us, arrival_us, age_max_us)
         if arrival is Arrival.ON_TIME:
             account.counted += 1
             item.watermark = occurred
@@ -282,7 +302,8 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen], key_age_us: int) 
             add(item, occurred, amount, key, 1)
         else:
             account.adjusted += 1
-            decisions.too_late.append(TooLate(event, watermark, occurred < arrival_us - key_age_us))
+            resend = occurred < arrival_us - key_age_us
+            decisions.too_late.append(TooLate(event, watermark, resend, max(watermark, arrival_us)))
     if prepared.repeats:
         firsts = {event[1]: event for event in prepared.events}
         for event in prepared.repeats:
@@ -298,7 +319,7 @@ def _decide(prepared: Prepared, known: dict[bytes, FirstSeen], key_age_us: int) 
     return decisions
 
 
-def _carry_forward(db: Connection, prepared: Prepared, decisions: Decisions) -> None:
+def carry_forward(db: Connection, prepared: Prepared, decisions: Decisions) -> None:
     """Count what came too late into the open period, where the meter says so: once, however often it came."""
     carried = [one for one in decisions.too_late if one.carried]
     if not carried:
@@ -309,13 +330,17 @@ def _carry_forward(db: Connection, prepared: Prepared, decisions: Decisions) -> 
     ).fetchall()
     before = {bytes(row[0]) for row in rows}
     for one in carried:
-        index, event_id, _, item, _, amount, key = one.event
+        _, event_id, _, item, _, amount, key = one.event
         if event_id not in before:
-            at_us = max(one.watermark, prepared.chunk.records[index].timestamp * 1000)
-            add(item, at_us, amount, key, 1)
+            add(item, one.counted_us, amount, key, 1)
 
 
-def _write_accounts(db: Connection, prepared: Prepared) -> None:
+def write_accounts(db: Connection, prepared: Prepared) -> None:
+    """Add what became of the records of ``prepared`` to the accounts.
+
+    Raises:
+        Broken: a record has no outcome, or two.
+    """
     tp = prepared.chunk.partition
     rows = sorted(prepared.accounts.items())
     for names, account in rows:

@@ -14,11 +14,13 @@ from typing import Literal
 from schemas.catalog import Schema, current, released
 from services.counters.config import Configuration, Meter
 from services.streaming.chunks import Chunk, RawRecord
+from services.streaming.parking import Kind, ParkedRow
 from services.wire import topics
 from services.wire.codec import SCHEMA_HEADER, Decoder, Record
 from services.wire.errors import Invalid, Undecodable, UnknownSchema
 from services.wire.periods import Calendar
 from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
+from services.wire.times import instant
 from services.wire.usage import (
     EARLIEST_US,
     FUTURE_TOLERANCE_US,
@@ -41,6 +43,7 @@ DAY_US = 86_400_000_000
 _QUANTITY_LIMIT = QUANTITY_MAX * QUANTITY_UNIT
 
 ParkedOutcome = Literal["dead_lettered", "upcast_failed"]
+KIND_OF: Mapping[ParkedOutcome, Kind] = {"dead_lettered": "dead_letter", "upcast_failed": "upcast_failure"}
 
 
 class Account:
@@ -347,6 +350,31 @@ def _upcast_failure(index: int, reason: str, stage: str, error: Exception, recor
         names.get("meter", ""),
         names,
     )
+
+
+def rows_to_park(chunk: Chunk, parked: Sequence[Parked]) -> list[ParkedRow]:
+    """What is kept of parked records."""
+    rows = []
+    for one in parked:
+        raw = chunk.records[one.index]
+        rows.append(
+            ParkedRow(
+                kind=KIND_OF[one.outcome],
+                topic=chunk.partition.topic,
+                partition=chunk.partition.partition,
+                offset=raw.offset,
+                arrived_at=instant(raw.timestamp * 1000),
+                reason=one.reason,
+                stage=one.stage,
+                error_class=one.error_class,
+                value=raw.value or b"",
+                headers=header_texts(raw.headers),
+                tenant_id=one.tenant_id,
+                meter=one.meter,
+                event_id=one.identifiers.get("event_id", ""),
+            )
+        )
+    return rows
 
 
 def parked_rows(chunk: Chunk, parked: Sequence[Parked], at_us: int) -> list[OutboxRow]:

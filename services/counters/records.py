@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from schemas.catalog import current
+from services.counters.prepare import SERVICE
 from services.streaming.chunks import Chunk
+from services.streaming.parking import ParkedRow
 from services.wire import topics
 from services.wire.codec import Encoder
 from services.wire.periods import hour_start
-from services.wire.records import OutboxRow, ops_event
+from services.wire.records import OutboxRow, Source, error_headers, header_texts, ops_event
 from services.wire.times import instant
 from services.wire.usage import QUANTITY_UNIT, record_key
 
@@ -33,7 +34,7 @@ def adjustment_row(db: psycopg.Connection[Any], chunk: Chunk, one: TooLate) -> O
     policy = "carry_forward" if one.carried else "manual"
     is_unique = meter.aggregation == "unique"
     quantity = QUANTITY_UNIT if is_unique else amount
-    applied_hour = instant(hour_start(max(watermark, arrived))) if one.carried else None
+    applied_hour = instant(hour_start(one.counted_us)) if one.carried else None
     db.execute(
         "INSERT INTO adjustments "
         "(adjustment_id, item_id, tenant_id, customer_ref, meter, idempotency_key, quantity, unique_value, "
@@ -89,17 +90,31 @@ def adjustment_row(db: psycopg.Connection[Any], chunk: Chunk, one: TooLate) -> O
     )
 
 
-def conflict_row(
-    db: psycopg.Connection[Any], chunk: Chunk, event: Event, first: FirstSeen, now_us: int
-) -> list[OutboxRow]:
-    """Store a conflict, and return its record for the topic and its ops event."""
+def conflict_to_park(chunk: Chunk, event: Event) -> ParkedRow:
+    """What is kept of a record whose key was counted with other content."""
+    index, _, _, item, _, _, key = event
+    raw, tp = chunk.records[index], chunk.partition
+    return ParkedRow(
+        kind="conflict",
+        topic=tp.topic,
+        partition=tp.partition,
+        offset=raw.offset,
+        arrived_at=instant(raw.timestamp * 1000),
+        reason="conflict",
+        stage="count",
+        error_class="",
+        value=raw.value or b"",
+        headers=header_texts(raw.headers),
+        tenant_id=item.meter.tenant_id,
+        meter=item.meter.meter,
+        event_id=key,
+    )
+
+
+def conflict_rows(chunk: Chunk, event: Event, first: FirstSeen, now_us: int) -> list[OutboxRow]:
+    """The record of a conflict for its topic, and its ops event."""
     index, event_id, digest, item, _, _, key = event
     raw, tp, tenant_id = chunk.records[index], chunk.partition, item.meter.tenant_id
-    db.execute(
-        'INSERT INTO conflicts (tenant_id, idempotency_key, topic, partition, "offset") '
-        "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-        (tenant_id, key, tp.topic, tp.partition, raw.offset),
-    )
     encoder = Encoder(current("conflict"))
     value = encoder.encode(
         {
@@ -117,18 +132,20 @@ def conflict_row(
             "detected_at": now_us,
         }
     )
+    source = Source(tp.topic, tp.partition, raw.offset, raw.timestamp)
+    why = error_headers(source, reason="conflict", stage="count", error_class="", service=SERVICE)
     record = OutboxRow(
         topics.CONFLICTS,
         json.dumps([tenant_id, key], separators=(",", ":")).encode(),
         value,
-        encoder.header_texts,
+        {**encoder.header_texts, **why},
     )
     alarm = ops_event(
         "usage_conflict",
         subject_type="usage_record",
         subject_id=f"{tp.topic}/{tp.partition}/{raw.offset}",
         source="counters",
-        at_us=time.time_ns() // 1000,
+        at_us=now_us,
         attributes={"event_id_hash": event_id.hex(), "tenant": tenant_id, "meter": item.meter.meter},
     )
     return [record, alarm]

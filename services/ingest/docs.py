@@ -62,6 +62,8 @@ answer, never counts it twice. An event is called `accepted` once every in-sync 
   otherwise holds after five seconds.
 * **Adjustments** are events that came after their meter's lateness window. A key with the scope `read` lists
   them, one with `adjust` decides them; a tenant's key knows those of its own tenant only.
+* **Parked records** are those that could not be processed as they came. A key with the scope `read` lists
+  them, one with `replay` has them tried again or discards them.
 """
 
 
@@ -288,5 +290,5 @@ def openapi_config() -> OpenAPIConfig:
                 "apiKey": SecurityScheme(type="http", scheme="bearer", description="`tmk_<key id>_<secret>`")
             }
         ),
-        tags=[Tag(name="usage"), Tag(name="adjustments"), Tag(name="operation")],
+        tags=[Tag(name="usage"), Tag(name="adjustments"), Tag(name="parked"), Tag(name="operation")],
     )

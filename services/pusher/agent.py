@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -19,12 +20,22 @@ from services.pusher.sinks.webhook import WebhookSink
 from services.streaming import breaker, offsets, outbox
 from services.streaming.chunks import Chunk
 from services.streaming.observe import Health
+from services.streaming.parking import ParkedRow, park
+from services.streaming.redriving import (
+    ParkedRecord,
+    Redrives,
+    Settled,
+    StillParked,
+    Verdict,
+    redrive_forever,
+)
 from services.streaming.worker import Applied, Worker
 from services.wire.codec import Decoder, Record
 from services.wire.errors import OffsetGap, Poison, Undecodable, UnknownSchema, require
 from services.wire.records import OutboxRow, Source, header_texts, ops_event, parked_record
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
+from services.wire.times import instant
 from services.wire.topics import DEAD_LETTERS, DELTAS
 from upcasters.chain import (
     InvalidAfterUpcast,
@@ -32,6 +43,7 @@ from upcasters.chain import (
     UpcasterFailed,
     Upcasters,
     check_chain,
+    revision,
     upcasters,
 )
 
@@ -62,19 +74,45 @@ class Intents:
         refused: dict[int, Poison] = {}
         for index, raw in enumerate(chunk.records):
             try:
-                schema, record = self._decoder.decode(raw.value or b"")
-                if schema.subject != "usage_delta":
-                    raise UnknownSchema("unknown_schema", "not a usage_delta")
-                record = self._upcasters.to_current(schema.subject, schema.version, record)
-                intent_of(record)  # what no intent can hold is refused here, not in apply
-                records[index] = record
-            except (OverflowError, ValueError, ArithmeticError) as error:
-                refused[index] = Undecodable("invalid_delta", type(error).__name__)
-            except (MissingUpcaster, UpcasterFailed, InvalidAfterUpcast) as error:
-                refused[index] = Undecodable("upcaster_error", type(error).__name__)
+                records[index] = self.read(raw.value or b"")
             except Poison as error:
                 refused[index] = error
         return Deltas(chunk, records, refused)
+
+    def read(self, value: bytes) -> Record:
+        """One delta, as a current record.
+
+        Raises:
+            Poison: it is none that an intent can be made of.
+        """
+        try:
+            schema, record = self._decoder.decode(value)
+            if schema.subject != "usage_delta":
+                raise UnknownSchema("unknown_schema", "not a usage_delta")
+            record = self._upcasters.to_current(schema.subject, schema.version, record)
+            intent_of(record)  # what no intent can hold is refused here, not when it is stored
+        except (OverflowError, ValueError, ArithmeticError) as error:
+            raise Undecodable("invalid_delta", type(error).__name__) from None
+        except (MissingUpcaster, UpcasterFailed, InvalidAfterUpcast) as error:
+            raise Undecodable("upcaster_error", type(error).__name__) from None
+        return record
+
+    def retry(
+        self, db: offsets.Connection, parked: Sequence[ParkedRecord], _: datetime
+    ) -> Mapping[int, Verdict]:
+        """Parked deltas, tried again: see :data:`services.streaming.redriving.Retry`."""
+        verdicts: dict[int, Verdict] = {}
+        records: list[Record] = []
+        for one in parked:
+            try:
+                records.append(self.read(one.value))
+                verdicts[one.parked_id] = Settled("recorded")
+            except Poison as error:
+                verdicts[one.parked_id] = StillParked(
+                    "dead_letter", error.reason, "decode", type(error).__name__
+                )
+        record_intents(db, records)
+        return verdicts
 
     def apply(self, db: offsets.Connection, prepared: Deltas) -> Applied:
         """Store the intents and move the position, in one transaction.
@@ -104,6 +142,8 @@ class Intents:
                 row for i in taken if i in prepared.refused for row in _parked(chunk, i, prepared.refused[i])
             ]
             outbox.enqueue(db, GROUP, rows)
+            to_park = [_to_park(chunk, i, prepared.refused[i]) for i in taken if i in prepared.refused]
+            park(db, GROUP, to_park, tried_with=revision())
             next_offset = chunk.next_offset if trip is None else trip
             offsets.advance(db, GROUP, chunk.partition, next_offset, parked)
             halted = None if trip is None else "too_many_parked"
@@ -137,6 +177,22 @@ def _parked(chunk: Chunk, index: int, error: Poison) -> list[OutboxRow]:
     ]
 
 
+def _to_park(chunk: Chunk, index: int, error: Poison) -> ParkedRow:
+    raw, tp = chunk.records[index], chunk.partition
+    return ParkedRow(
+        kind="dead_letter",
+        topic=tp.topic,
+        partition=tp.partition,
+        offset=raw.offset,
+        arrived_at=instant(raw.timestamp * 1000),
+        reason=error.reason,
+        stage="decode",
+        error_class=type(error).__name__,
+        value=raw.value or b"",
+        headers=header_texts(raw.headers),
+    )
+
+
 def sink_of(settings: Settings) -> Sink:
     """The sink that the operator chose.
 
@@ -163,15 +219,21 @@ async def run(settings: Settings, sink: Sink | None = None) -> None:
     sender = Sender(settings.postgres(), sink, SenderConfig.from_settings(settings))
     health.checks["sender"] = sender.check
     health.checks["meters"] = sender.paused_meters.check
+    intents = Intents(decoder_for(settings), chain)
+    redrives = Redrives(GROUP, intents.retry, tried_with=revision())
     worker = Worker(
         settings,
         group=GROUP,
         topics=[DELTAS],
-        handler=Intents(decoder_for(settings), chain),
+        handler=intents,
         health=health,
         after_apply=sender.wake,
     )
     try:
-        await worker.run(sender.run, lambda: outbox.relay_forever(settings, GROUP))
+        await worker.run(
+            sender.run,
+            lambda: outbox.relay_forever(settings, GROUP),
+            lambda: redrive_forever(settings, redrives),
+        )
     finally:
         await sink.close()

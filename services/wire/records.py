@@ -18,7 +18,10 @@ from services.wire.errors import require
 from services.wire.ops import NAME_HEADER, NAMES
 from services.wire.topics import OPS
 
+CONNECT_PREFIX: Final = "__connect.errors."
 ERROR_PREFIX: Final = "tidemeter-error-"
+#: Of the original. With a value as large as a topic takes, twice that fits into the parked topics.
+HEADER_BYTES_MAX: Final = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +77,33 @@ def parked_record(
 ) -> OutboxRow:
     """A record parked on ``topic``: ``value`` is the original value, untouched."""
     headers = {
-        **original_headers,
-        f"{ERROR_PREFIX}reason": reason,
-        f"{ERROR_PREFIX}stage": stage,
-        f"{ERROR_PREFIX}class": error_class,
-        f"{ERROR_PREFIX}topic": source.topic,
-        f"{ERROR_PREFIX}partition": str(source.partition),
-        f"{ERROR_PREFIX}offset": str(source.offset),
-        f"{ERROR_PREFIX}timestamp": str(source.timestamp_ms),
-        f"{ERROR_PREFIX}service": service,
-        f"{ERROR_PREFIX}attempt": "1",
+        **_bounded(original_headers),
+        **error_headers(source, reason=reason, stage=stage, error_class=error_class, service=service),
         **{f"{ERROR_PREFIX}{name.replace('_', '-')}": text for name, text in identifiers.items()},
     }
     return OutboxRow(topic, source.key(), value, headers)
+
+
+def _bounded(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """Headers of the original, unless escaping made them so large that the topic would refuse the record."""
+    size = sum(len(name.encode()) + len(text.encode()) for name, text in headers.items())
+    return headers if size <= HEADER_BYTES_MAX else {f"{ERROR_PREFIX}headers-left-out": str(size)}
+
+
+def error_headers(
+    source: Source, *, reason: str, stage: str, error_class: str, service: str
+) -> dict[str, str]:
+    """Why a record is where it is. What dead letters of Kafka Connect have too has its name (KIP-298)."""
+    return {
+        f"{CONNECT_PREFIX}topic": source.topic,
+        f"{CONNECT_PREFIX}partition": str(source.partition),
+        f"{CONNECT_PREFIX}offset": str(source.offset),
+        f"{CONNECT_PREFIX}stage": stage,
+        f"{CONNECT_PREFIX}exception.class.name": error_class,
+        f"{ERROR_PREFIX}reason": reason,
+        f"{ERROR_PREFIX}timestamp": str(source.timestamp_ms),
+        f"{ERROR_PREFIX}service": service,
+    }
 
 
 def ops_event(

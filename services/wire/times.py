@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from services.wire.errors import Misconfigured
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -20,3 +25,24 @@ def instant(micros: int) -> datetime:
 def micros(moment: datetime) -> int:
     """Microseconds since 1970 of an aware datetime; exact, and negative before 1970."""
     return (moment - EPOCH) // _MICROSECOND
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """The time that an operator wrote: ISO 8601 with an offset, ``now``, or a duration before or after now.
+
+    Durations are those of ISO 8601 in weeks, days, hours, minutes and seconds, such as ``-PT24H``.
+
+    Raises:
+        Misconfigured: it is none of these; the message says what to write.
+    """
+    if text == "now":
+        return now
+    with contextlib.suppress(msgspec.ValidationError, OverflowError):
+        return now + msgspec.convert(text, timedelta)
+    with contextlib.suppress(msgspec.ValidationError, OverflowError):
+        found = msgspec.convert(text, datetime)
+        if found.utcoffset() is not None:
+            return found.astimezone(UTC)
+    raise Misconfigured(
+        f"{text!r} is no time: write 2026-01-31T13:37:42Z, 2026-01-31T14:37:42+01:00, -PT24H or now"
+    )

@@ -11,6 +11,8 @@ from itertools import islice
 
 import pytest
 
+from services.console import parked
+from services.streaming.parking import Choice
 from tests.fault.campaign import Campaign, some_seed
 from tests.fault.traffic import Record
 from tests.oracle import DAY_S, HOUR_S, Usage
@@ -56,6 +58,10 @@ def die_at(pipeline: Pipeline, worker: Worker, point: str, count: int, records: 
             pipeline.approve(1)
         elif kind == "calendar":
             move(pipeline)
+        elif kind == "redrive":
+            with pipeline.database() as db:  # of what no retry can read: it stays parked, so the sums stay
+                choice = Choice(kinds=("upcast_failure",))
+                parked.redrive(db, choice, by="a test", dry_run=False)
         elif point == "close.revised":
             pipeline.send(*late(len(pipeline.log)))
         time.sleep(0.1)

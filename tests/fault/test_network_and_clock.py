@@ -98,7 +98,7 @@ LEDGER = {
     "partition_offsets": "topic, partition, start_offset, next_offset, halted",
     "partition_accounts": "*",
     "adjustments": "adjustment_id, quantity, occurred_at, arrived_at, watermark, state, applied_hour",
-    "conflicts": 'tenant_id, idempotency_key, topic, partition, "offset"',
+    "parked_records": 'kind, reason, tenant_id, meter, event_id, topic, partition, "offset", value, state',
 }
 CLOCKS = {
     "right": ["0:0"],

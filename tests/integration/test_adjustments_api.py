@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -14,7 +14,6 @@ import psycopg
 import pytest
 from litestar import Litestar
 from litestar.testing import TestClient
-from pydantic import SecretStr
 from typer.testing import CliRunner, Result
 
 from services.cli.common import MISUSED
@@ -28,27 +27,15 @@ from services.console.adjustments import (
     find,
 )
 from services.console.routes import ROUTES
-from services.ingest.app import create_app, openapi_document
+from services.ingest.app import openapi_document
 from services.web.database import DatabasePool
-from services.web.keys import KeyStore, PostgresKeyRows
-from services.web.publishing import Delivery
 from services.wire.errors import Transient
-from services.wire.settings import Settings
+from tests.integration.console import console, key_header
 from tests.integration.ingest_serving import new_key
 
 Connection = psycopg.Connection[Any]
 NOW = datetime.now(UTC).replace(microsecond=123_456)
 NOWHERE = "postgresql://127.0.0.1:1/none"
-
-
-class NoKafka:
-    """Nothing here is published."""
-
-    async def publish(self, records: Sequence[tuple[bytes, bytes]]) -> list[Delivery]:
-        raise AssertionError("adjustments publish nothing")
-
-    async def check(self) -> None: ...
-    async def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -64,19 +51,9 @@ def db(postgres_dsn: str) -> Iterator[Connection]:
         yield connection
 
 
-def serving(keys_at: str, adjustments_at: str) -> TestClient[Litestar]:
-    app = create_app(
-        Settings.model_construct(postgres_dsn=SecretStr(adjustments_at)),
-        producer=NoKafka(),
-        keys=KeyStore(PostgresKeyRows(keys_at)),
-        routes=ROUTES,
-    )
-    return TestClient(app, raise_server_exceptions=False)
-
-
 @pytest.fixture
 def client(postgres_dsn: str) -> Iterator[TestClient[Litestar]]:
-    with serving(postgres_dsn, postgres_dsn) as client:
+    with console(postgres_dsn, postgres_dsn) as client:
         yield client
 
 
@@ -113,14 +90,6 @@ def row_of(db: Connection, adjustment: str) -> tuple[Any, ...]:
     ).fetchone()
     assert row is not None
     return row
-
-
-def header(db: Connection, tenant: str | None, *scopes: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {new_key(db.info.dsn + ' ' + _password(db), tenant, *scopes).text}"}
-
-
-def _password(db: Connection) -> str:
-    return f"password={db.info.password}"
 
 
 def listed(client: TestClient[Litestar], headers: dict[str, str], query: str = "") -> list[str]:
@@ -210,7 +179,7 @@ def test_an_adjustment_is_listed_with_what_a_person_needs_to_decide(
     db: Connection, client: TestClient[Litestar]
 ) -> None:
     one = add(db, quantity="12.500000000", reason="beyond_retention", occurred_at=NOW - timedelta(days=40))
-    answer = client.get("/v1/adjustments", headers=header(db, "acme", "read"))
+    answer = client.get("/v1/adjustments", headers=key_header(db, "acme", "read"))
     assert answer.json() == {
         "adjustments": [
             {
@@ -235,7 +204,7 @@ def test_an_adjustment_is_listed_with_what_a_person_needs_to_decide(
 
 
 def test_the_list_can_be_narrowed(db: Connection, client: TestClient[Litestar]) -> None:
-    operator = header(db, None, "admin")
+    operator = key_header(db, None, "admin")
     a = add(db, customer="c 1/ü")
     b = add(db, meter="seats", state="applied")
     c = add(db, tenant="globex", state="approved")
@@ -251,7 +220,7 @@ def test_the_list_can_be_narrowed(db: Connection, client: TestClient[Litestar]) 
 
 def test_pages_lead_through_the_whole_list(db: Connection, client: TestClient[Litestar]) -> None:
     ids = [add(db, occurred_at=NOW - timedelta(minutes=n // 2)) for n in range(7)]
-    headers = header(db, "acme", "read")
+    headers = key_header(db, "acme", "read")
     seen: list[str] = []
     query, pages = "?limit=3", 0
     while query:
@@ -267,7 +236,7 @@ def test_pages_lead_through_the_whole_list(db: Connection, client: TestClient[Li
 def test_a_line_feed_at_the_end_of_a_parameter_breaks_nothing(
     db: Connection, client: TestClient[Litestar]
 ) -> None:
-    headers = header(db, None, "admin")
+    headers = key_header(db, None, "admin")
     for query in (f"?after=1-{uuid.UUID(int=0).hex}%0A", "?tenant=acme%0A", "?customer=c%0A", "?meter=m%0A"):
         assert listed(client, headers, query) == []
 
@@ -290,7 +259,7 @@ def test_a_line_feed_at_the_end_of_a_parameter_breaks_nothing(
 def test_a_wrong_parameter_is_named_and_its_value_not_repeated(
     db: Connection, client: TestClient[Litestar], query: str, code: str, path: str
 ) -> None:
-    answer = client.get(f"/v1/adjustments{query}", headers=header(db, "acme", "read"))
+    answer = client.get(f"/v1/adjustments{query}", headers=key_header(db, "acme", "read"))
     assert answer.status_code == 400
     assert answer.json()["code"] == code
     assert answer.json()["path"] == path
@@ -307,7 +276,7 @@ def test_a_decision_is_recorded_with_the_key_that_made_it(
     answer = client.post(f"/v1/adjustments/{one}/{verb}", headers=headers)
     assert (answer.status_code, answer.json()) == (200, {"id": one, "state": state, "changed": True})
     assert row_of(db, one) == (state, f"key:{key.key_id}", True, None)
-    again = client.post(f"/v1/adjustments/{one}/{verb}", headers=header(db, None, "admin"))
+    again = client.post(f"/v1/adjustments/{one}/{verb}", headers=key_header(db, None, "admin"))
     assert (again.status_code, again.json()) == (200, {"id": one, "state": state, "changed": False})
     assert row_of(db, one)[1] == f"key:{key.key_id}"
 
@@ -320,7 +289,7 @@ def test_the_opposite_of_a_decision_is_refused(
     db: Connection, client: TestClient[Litestar], state: str, verb: str, status: int
 ) -> None:
     one = add(db, state=state)
-    answer = client.post(f"/v1/adjustments/{one}/{verb}", headers=header(db, "acme", "adjust"))
+    answer = client.post(f"/v1/adjustments/{one}/{verb}", headers=key_header(db, "acme", "adjust"))
     assert answer.status_code == status
     assert status == 200 or answer.json()["code"] == "adjustment_decided"
     assert row_of(db, one)[0] == state
@@ -330,7 +299,7 @@ def test_an_old_value_of_a_last_meter_is_refused_with_a_code(
     db: Connection, client: TestClient[Litestar]
 ) -> None:
     one = add(db, meter="seats", occurred_at=NOW - timedelta(days=36))
-    answer = client.post(f"/v1/adjustments/{one}/approve", headers=header(db, "acme", "adjust"))
+    answer = client.post(f"/v1/adjustments/{one}/approve", headers=key_header(db, "acme", "adjust"))
     assert (answer.status_code, answer.json()["code"]) == (409, "too_old_for_stripe")
 
 
@@ -338,7 +307,7 @@ def test_a_tenants_key_sees_and_decides_its_own_and_cannot_tell_others_from_noth
     db: Connection, client: TestClient[Litestar]
 ) -> None:
     ours, theirs = add(db), add(db, tenant="globex")
-    headers = header(db, "acme", "read", "adjust")
+    headers = key_header(db, "acme", "read", "adjust")
     assert listed(client, headers) == [ours]
     assert listed(client, headers, "?tenant=globex") == []
     answers = [
@@ -351,7 +320,8 @@ def test_a_tenants_key_sees_and_decides_its_own_and_cannot_tell_others_from_noth
     assert answers[0].json()["code"] == "adjustment_unknown"
     assert row_of(db, theirs)[0] == "pending"
     assert (
-        client.post(f"/v1/adjustments/{theirs}/reject", headers=header(db, None, "admin")).status_code == 200
+        client.post(f"/v1/adjustments/{theirs}/reject", headers=key_header(db, None, "admin")).status_code
+        == 200
     )
 
 
@@ -367,7 +337,7 @@ def test_a_tenants_key_sees_and_decides_its_own_and_cannot_tell_others_from_noth
 def test_reading_and_deciding_are_two_scopes(
     db: Connection, client: TestClient[Litestar], scopes: tuple[str, ...], lists: int, decides: int
 ) -> None:
-    headers = header(db, "acme", *scopes)
+    headers = key_header(db, "acme", *scopes)
     assert client.get("/v1/adjustments", headers=headers).status_code == lists
     answer = client.post(f"/v1/adjustments/{add(db)}/approve", headers=headers)
     assert answer.status_code == decides
@@ -380,8 +350,8 @@ def test_without_a_key_nothing_is_shown(db: Connection, client: TestClient[Lites
 
 
 def test_while_postgresql_is_away_the_answer_is_to_try_again(db: Connection, postgres_dsn: str) -> None:
-    headers = header(db, "acme", "read", "adjust")
-    with serving(postgres_dsn, NOWHERE) as client:
+    headers = key_header(db, "acme", "read", "adjust")
+    with console(postgres_dsn, NOWHERE) as client:
         for answer in (
             client.get("/v1/adjustments", headers=headers),
             client.post(f"/v1/adjustments/{uuid.uuid4()}/approve", headers=headers),

@@ -115,7 +115,7 @@ def test_duplicates_and_conflicts_are_found_in_both_generations(books: Books) ->
     )
     assert total(books) == 4
     assert books.outcomes() == {"counted": 4, "duplicate": 2, "conflict": 2}
-    rows = books.db.execute("SELECT idempotency_key FROM conflicts ORDER BY 1").fetchall()
+    rows = books.db.execute("SELECT event_id FROM parked_records ORDER BY 1").fetchall()
     assert rows == [("new-2",), ("old-2",)]
 
 
@@ -164,7 +164,7 @@ def test_inside_one_chunk_the_first_of_a_key_counts_and_the_others_are_judged_by
     )
     assert total(books) == 6
     assert books.outcomes() == {"counted": 2, "duplicate": 2, "conflict": 2}
-    assert books.db.execute('SELECT "offset" FROM conflicts ORDER BY 1').fetchall() == [(2,), (3,)]
+    assert books.db.execute('SELECT "offset" FROM parked_records ORDER BY 1').fetchall() == [(2,), (3,)]
 
 
 def test_inside_one_chunk_keys_that_were_known_before_are_judged_by_what_was_known(books: Books) -> None:

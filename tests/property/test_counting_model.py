@@ -322,7 +322,7 @@ class Logged:
 
 TABLES = [
     *("meters", "customers", "tenants", "calendar_changes"),
-    *("partition_offsets", "partition_accounts", "seen_current", "adjustments", "conflicts"),
+    *("partition_offsets", "partition_accounts", "seen_current", "adjustments", "parked_records"),
     *("items", "buckets", "item_periods", "unique_values", "carry_forwards"),
     *("outbox", "deltas", "meter_events"),
 ]

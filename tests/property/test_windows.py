@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from services.counters.config import Configuration
-from services.counters.ledger import FirstSeen, _decide
+from services.counters.ledger import FirstSeen, decide
 from services.counters.prepare import OUTCOMES, Account, Item, Preparer
 from services.counters.windows import OLDEST_US, Arrival, add, classify
 from services.wire.codec import Decoder
@@ -91,7 +91,7 @@ class InMemory:
             item.watermark = self.watermarks.get(item.item_id, NEVER)
             item.calendar = Calendar.parse(item.meter.calendar)
         known = {event[1]: self._seen[event[1]] for event in prepared.events if event[1] in self._seen}
-        decisions = _decide(prepared, known, self._key_age_us)
+        decisions = decide(prepared, known, self._key_age_us)
         self.resends += [one.resend for one in decisions.too_late]
         for index, event_id, digest, *_ in prepared.events:
             self._seen.setdefault(event_id, FirstSeen(digest, 3, 0, raws[index].offset))
