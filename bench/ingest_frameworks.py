@@ -43,12 +43,12 @@ from litestar import Litestar
 
 from services.ingest.answers import answer_of
 from services.ingest.app import Ingest, create_app
-from services.ingest.kafka import Delivery
 from services.ingest.limits import Limits
 from services.ingest.parse import JSON, caller_of, read_batch
 from services.web.bodies import read_body
 from services.web.keys import KeyRow, KeyStore, NewKey
 from services.web.problems import RequestRefused
+from services.web.publishing import Delivery
 from services.wire.settings import Settings
 
 SECRET = "benchmark" * 4 + "benchma"

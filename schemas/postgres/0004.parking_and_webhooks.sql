@@ -196,6 +196,7 @@ CREATE TABLE stripe_invoices (
     stripe_customer text NOT NULL,
     subscription_id text,
     status          text NOT NULL,
+    is_cycle        boolean NOT NULL,             -- of a subscription's cycle: it takes the usage of its period
     period_start    timestamptz NOT NULL,
     period_end      timestamptz NOT NULL,
     finalizes_at    timestamptz,                  -- automatically
@@ -203,6 +204,15 @@ CREATE TABLE stripe_invoices (
     seen_at         timestamptz NOT NULL
 );
 CREATE INDEX stripe_invoices_by_period ON stripe_invoices (stripe_customer, period_end);
+CREATE INDEX customers_by_stripe_customer ON customers (stripe_customer);
+
+-- When the invoice of a customer's period took the last usage, or will; of several the first. An invoice of a
+-- subscription that is not metered says nothing, one of a subscription that no event has told of yet may.
+CREATE VIEW invoice_limits AS
+SELECT i.stripe_customer, i.period_end, min(coalesce(i.finalized_at, i.finalizes_at)) AS final_at
+FROM stripe_invoices i LEFT JOIN stripe_subscriptions s USING (subscription_id)
+WHERE i.account = '' AND i.is_cycle AND coalesce(s.is_metered, true)
+GROUP BY i.stripe_customer, i.period_end;
 
 -- Charges and refunds, until their balance transactions are known and fit.
 CREATE TABLE stripe_fees (
@@ -225,6 +235,7 @@ CREATE TABLE stripe_fees (
     CHECK ((state = 'pending') = (settled_at IS NULL))
 );
 CREATE INDEX stripe_fees_due ON stripe_fees (next_attempt_at) WHERE state = 'pending';
+CREATE INDEX stripe_fees_refunds ON stripe_fees (charge_id) WHERE kind = 'refund';
 
 CREATE TABLE stripe_cards (
     payment_method  text PRIMARY KEY,

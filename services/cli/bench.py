@@ -23,6 +23,7 @@ BENCHES = {
     "late": "bench.late_events",
     "push": "bench.push",
     "poison": "bench.poison",
+    "bridge": "bench.bridge",
     "growth": "bench.growth",
 }
 

@@ -9,8 +9,19 @@ from typing import Annotated
 
 import typer
 
-from services.cli import adjustments, apply, meter_events, operate, parked, periods, services, status
+from services.cli import (
+    adjustments,
+    apply,
+    meter_events,
+    operate,
+    parked,
+    periods,
+    services,
+    status,
+    upkeep,
+)
 from services.cli.bench import bench
+from services.cli.bridge import bridge
 from services.cli.demo import demo
 from services.cli.keys import keys_app
 from services.cli.schemas import schemas_app
@@ -61,6 +72,9 @@ for command in (
     services.ingest,
     services.counters,
     services.pusher,
+    bridge,
+    upkeep.upkeep,
+    upkeep.prune,
     services.migrate,
     operate.resume,
     bench,

@@ -10,7 +10,7 @@ from typing import Any, LiteralString
 import psycopg
 
 from services.wire.periods import Calendar
-from services.wire.pgarrays import timestamp_array, timestamp_of, uuid_array
+from services.wire.pgarrays import int8_array, timestamp_array, timestamp_of, uuid_array
 
 ITEMS_PER_ROUND = 2000
 
@@ -69,6 +69,7 @@ class ChangedPeriod:
     item: ChangedItem
     start: int
     end: int
+    final: int | None = None  # when its invoice is final, if Stripe told
     hours: dict[int, ChangedHour] = field(default_factory=dict)
     carry: int = 0
     value: int = 0
@@ -182,6 +183,32 @@ def changed_periods(
         )
     read_kept(db, periods)
     return periods, waiting
+
+
+#: A question for each period, for a join would put the limits of all customers together first.
+_LIMITS: LiteralString = """
+SELECT u.n, timestamptz_send((SELECT l.final_at FROM invoice_limits l
+                              WHERE (l.stripe_customer, l.period_end) = (u.c, u.e)))
+FROM unnest(%s::text[], %s, %s) AS u (c, e, n)
+"""
+
+
+def read_limits(db: Connection, periods: Periods, now_us: int) -> None:
+    """What Stripe told of the invoices of periods that are over. It makes none before."""
+    over = [period for period in periods.values() if period.item.calendar.anchored and period.end <= now_us]
+    if not over:
+        return
+    rows = db.execute(
+        _LIMITS,
+        (
+            [period.item.stripe_customer for period in over],
+            timestamp_array([period.end for period in over]),
+            int8_array(range(len(over))),
+        ),
+        binary=True,
+    ).fetchall()
+    for number, final_at in rows:
+        over[number].final = None if final_at is None else timestamp_of(final_at)
 
 
 def read_kept(db: Connection, periods: Periods) -> None:

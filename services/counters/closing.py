@@ -26,6 +26,7 @@ from services.counters.changed import (
     changed_items,
     changed_periods,
     numerics,
+    read_limits,
 )
 from services.counters.deltas import COPY_DELTAS, DeltaWriter, Invoices
 from services.counters.ledger import GROUP
@@ -57,6 +58,7 @@ def close_round(
         if not dirty:
             return 0, 0
         periods, waiting = changed_periods(db, dirty)
+        read_limits(db, periods, now_us)
         carried = _plan(db, periods, waiting, invoices, now_us)
         _write(db, dirty, periods, waiting)
         deltas = writer.write(list(periods.values()), invoices, now_us)
@@ -83,7 +85,7 @@ def _plan(
         if period.item.aggregation == "last":
             _plan_values(period, now_us)
             continue
-        final = period.item.calendar.anchored and now_us >= invoices.push_before(period.end)
+        final = period.item.calendar.anchored and now_us >= invoices.push_before(period.end, period.final)
         gone: dict[int, int] = {}
         for hour_us, difference in _differences(db, period):
             too_late = final or hour_us < now_us - OLDEST_US

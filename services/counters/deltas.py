@@ -44,9 +44,11 @@ class Invoices:
     grace_us: int = 3600 * _SECOND_US
     margin_us: int = 300 * _SECOND_US
 
-    def push_before(self, period_end_us: int) -> int:
-        """The last safe moment to begin a push for a period."""
-        return period_end_us + max(0, self.grace_us - self.margin_us)
+    def push_before(self, period_end_us: int, final_us: int | None = None) -> int:
+        """The last safe moment to begin a push for a period; ``final_us``: Stripe told when its invoice is
+        final."""
+        final_us = period_end_us + self.grace_us if final_us is None else final_us
+        return max(period_end_us, final_us - self.margin_us)
 
 
 def delta_identifier(item_id: bytes, period_us: int, hour_us: int, sequence: int) -> str:
@@ -145,7 +147,7 @@ class DeltaWriter:
             {
                 "dimensions": item.dimensions,
                 "formula": "last" if is_last else "sum",
-                "push_before": invoices.push_before(period.end) if invoiced else None,
+                "push_before": invoices.push_before(period.end, period.final) if invoiced else None,
             },
         )
         for hour in period.hours.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from litestar import Litestar, Request, Response, post
@@ -14,15 +14,15 @@ from litestar.types import ControllerRouterHandler
 from schemas.catalog import check_catalog, current
 from services.ingest.answers import IngestAnswer, Result, answer_of
 from services.ingest.docs import INGEST_RESPONSES, IngestOperation, openapi_config
-from services.ingest.health import Checks
-from services.ingest.kafka import Delivery, KafkaPublisher, UsagePublisher
+from services.ingest.health import checks
 from services.ingest.limits import Limits, RateLimit
 from services.ingest.parse import JSON, MEDIA_TYPES, Batch, Refusal, caller_of, read_batch
 from services.web.app import serve, web_app
-from services.web.bodies import read_body
+from services.web.bodies import chunks_of, read_body
 from services.web.database import DatabasePool
 from services.web.keys import KeyStore, PostgresKeyRows
 from services.web.problems import RETRY_AFTER_S, RequestRefused
+from services.web.publishing import Delivery, KafkaPublisher, Publisher
 from services.wire.codec import Encoder, Record
 from services.wire.errors import Invalid
 from services.wire.log import configure_logging
@@ -39,7 +39,7 @@ class Ingest:
 
     def __init__(
         self,
-        publisher: UsagePublisher,
+        publisher: Publisher,
         keys: KeyStore,
         limits: Limits,
         encoder: Encoder | None = None,
@@ -49,7 +49,7 @@ class Ingest:
         self.limits = limits
         self.encoder = encoder or usage_encoder()
         self.rate = RateLimit(limits, time.monotonic)
-        self.checks = Checks(publisher, keys)
+        self.checks = checks(publisher, keys)
 
     async def take(self, batch: Batch) -> list[Result]:
         """Publish what is right in ``batch``; one result per event, in order."""
@@ -112,7 +112,7 @@ async def ingest_events(request: Request[Any, Any, State]) -> Response[IngestAns
     principal = await ingest.keys.authenticate(headers.get("authorization"), "ingest")
     media_type = _media_type(headers.get("content-type", ""))
     body = await read_body(
-        _chunks(request),
+        chunks_of(request.receive),
         declared_bytes=headers.get("content-length"),
         encoding=headers.get("content-encoding", ""),
         limits=ingest.limits,
@@ -138,16 +138,6 @@ def _media_type(content_type: str) -> str:
     return media_type
 
 
-async def _chunks(request: Request[Any, Any, State]) -> AsyncIterator[bytes]:
-    while True:
-        message = await request.receive()
-        if message["type"] != "http.request":
-            raise RequestRefused(400, "body_incomplete", "the connection closed before the body was complete")
-        yield message["body"]
-        if not message.get("more_body", False):
-            return
-
-
 def _encoder(settings: Settings) -> Encoder:
     if settings.schema_registry_url is None:
         return usage_encoder()
@@ -159,7 +149,7 @@ def _encoder(settings: Settings) -> Encoder:
 def create_app(
     settings: Settings,
     *,
-    producer: UsagePublisher | None = None,
+    producer: Publisher | None = None,
     keys: KeyStore | None = None,
     limits: Limits | None = None,
     routes: Sequence[ControllerRouterHandler] = (),
@@ -180,7 +170,11 @@ def create_app(
         app.state.ingest = Ingest(
             producer
             or KafkaPublisher(
-                settings.kafka(), USAGE_CURRENT, encoder.headers, ack_timeout_s=limits.ack_timeout_s
+                settings.kafka(),
+                USAGE_CURRENT,
+                encoder.headers,
+                client_id="tidemeter-ingest",
+                ack_timeout_s=limits.ack_timeout_s,
             ),
             keys or KeyStore(PostgresKeyRows(settings.postgres())),
             limits,

@@ -93,6 +93,15 @@ _DUE_KEYS = f"""
     ORDER BY urgency LIMIT %(limit)s
     """  # noqa: S608  constants only
 
+#: Stripe may tell that an invoice is final, or will be, earlier than closing took for granted. Asked when an
+#: intent is claimed, so that none can leave once that is known. A later moment counts for nothing.
+_PUSH_BEFORE = """
+    CASE WHEN m.push_before IS NOT NULL THEN least(m.push_before, (
+        SELECT final_at FROM invoice_limits l
+        WHERE (l.stripe_customer, l.period_end) = (m.stripe_customer, m.period_end))) END AS push_before
+    """
+_CLAIMED_COLUMNS = INTENT_COLUMNS.replace("push_before", _PUSH_BEFORE)
+
 _HEADS = f"""
     WITH heads AS MATERIALIZED (
         SELECT head.identifier
@@ -108,7 +117,7 @@ _HEADS = f"""
         ) head
         WHERE head.next_attempt_at <= %(now)s
     )
-    SELECT {INTENT_COLUMNS}, m.state, m.attempts, m.first_sent_at, m.error_code, m.refusals
+    SELECT {_CLAIMED_COLUMNS}, m.state, m.attempts, m.first_sent_at, m.error_code, m.refusals
     FROM meter_events m JOIN heads USING (identifier)
     WHERE m.state IN ('pending', 'in_flight', 'in_doubt') AND m.next_attempt_at <= %(now)s
     ORDER BY m.identifier FOR UPDATE OF m SKIP LOCKED

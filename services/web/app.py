@@ -12,7 +12,7 @@ from litestar import Litestar, MediaType, Request, Response, get
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.config import OpenAPIConfig
-from litestar.types import ControllerRouterHandler, HTTPScope, Receive, Send
+from litestar.types import ASGIApp, ControllerRouterHandler, HTTPScope, Receive, Send
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.web.docs import documented
@@ -63,8 +63,15 @@ async def openapi_json(request: Request[Any, Any, State]) -> dict[str, Any]:
     return request.app.openapi_schema.to_schema()
 
 
+#: Takes a request in front of the framework, or gives None to leave it to that.
+Shortcut = Callable[[HTTPScope], ASGIApp | None]
+
+
 class MeteredApp(Litestar):
     """Counts and times every request, those that match no route too."""
+
+    #: For a route that is too busy for the framework; it sets ``scope["path_template"]`` itself.
+    shortcut: Shortcut | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -83,7 +90,8 @@ class MeteredApp(Litestar):
             await send(message)
 
         try:
-            await super().__call__(scope, receive, observed)
+            direct = self.shortcut(scope) if self.shortcut is not None else None
+            await (direct or super().__call__)(scope, receive, observed)
         finally:
             route = scope.get("path_template") or "unmatched"
             method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -120,6 +128,11 @@ _HTTP_PROBLEMS = {
 
 
 def _unexpected_answer(request: Request[Any, Any, State], error: Exception) -> Response[Problem]:
+    return Response(unexpected(error, request.scope.get("path_template")), status_code=500)
+
+
+def unexpected(error: Exception, route: str | None) -> Problem:
+    """What is answered, with 500, when nobody expected ``error``; it is logged without its message."""
     trace, frames = error.__traceback__, []
     while trace is not None:
         frames.append(f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}")
@@ -127,10 +140,10 @@ def _unexpected_answer(request: Request[Any, Any, State], error: Exception) -> R
     log.error(
         "http.unexpected",
         error=type(error).__name__,
-        route=request.scope.get("path_template"),
+        route=route,
         frames=frames[-5:],
     )
-    return Response(Problem(*_HTTP_PROBLEMS[500]), status_code=500)
+    return Problem(*_HTTP_PROBLEMS[500])
 
 
 Hook = Callable[[Litestar], Awaitable[None]]
@@ -138,7 +151,7 @@ Hook = Callable[[Litestar], Awaitable[None]]
 
 def web_app(
     routes: Sequence[ControllerRouterHandler], *, start: Hook, stop: Hook, openapi: OpenAPIConfig
-) -> Litestar:
+) -> MeteredApp:
     """An application of ``routes``, beside health, metrics and documentation.
 
     ``start`` sets ``app.state.readiness``: a coroutine function that returns a :class:`Readiness`.

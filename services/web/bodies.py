@@ -9,6 +9,8 @@ import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from litestar.types import Receive
+
 from services.web.problems import RequestRefused
 
 _GZIP = 16 + zlib.MAX_WBITS
@@ -76,6 +78,35 @@ class Inflater:
         )
 
 
+async def chunks_of(receive: Receive) -> AsyncIterator[bytes]:
+    """A request's body as it arrives.
+
+    Raises:
+        RequestRefused: 400 if the connection closes before its end.
+    """
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise RequestRefused(400, "body_incomplete", "the connection closed before the body was complete")
+        yield message["body"]
+        if not message.get("more_body", False):
+            return
+
+
+def check_declared(declared_bytes: str | None, limits: BodyLimits) -> None:
+    """Refuse a Content-Length above the limit, and one that is no number.
+
+    Raises:
+        RequestRefused: 413.
+    """
+    if declared_bytes is not None and (
+        len(declared_bytes) > 18
+        or not declared_bytes.isdigit()
+        or int(declared_bytes) > limits.body_bytes_max
+    ):
+        raise _too_large(limits)
+
+
 async def read_body(
     chunks: AsyncIterator[bytes], *, declared_bytes: str | None, encoding: str, limits: BodyLimits
 ) -> bytes:
@@ -89,12 +120,7 @@ async def read_body(
         raise RequestRefused(
             415, "encoding_unsupported", "send the body as it is or with gzip", path="Content-Encoding"
         )
-    if declared_bytes is not None and (
-        len(declared_bytes) > 18
-        or not declared_bytes.isdigit()
-        or int(declared_bytes) > limits.body_bytes_max
-    ):
-        raise _too_large(limits)
+    check_declared(declared_bytes, limits)
     inflater = Inflater(limits) if encoding == "gzip" else None
     body = bytearray()
     received = 0

@@ -5,8 +5,8 @@ CRC-64-AVRO fingerprint, little-endian; Avro 1.12 specification) and, when a reg
 Confluent wire format (``00`` and a four-byte big-endian id). The writer follows the setting.
 
 Values are written by fastavro and read by a reader compiled from the schema (``reader``). Limits: at most 64
-KiB, only our own writer schemas (none is recursive or has zero-width items), nothing may follow the record,
-and whatever the reader raises is :class:`Undecodable`.
+KiB, or a webhook's own limit; only our own writer schemas (none is recursive or has zero-width items);
+nothing may follow the record; whatever the reader raises is :class:`Undecodable`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ SINGLE_OBJECT_PREFIX_BYTES = 10
 CONFLUENT_MAGIC = b"\x00"
 CONFLUENT_PREFIX_BYTES = 5
 VALUE_BYTES_MAX = 64 * 1024
+#: Of a webhook's body, which Stripe makes as large as the object is.
+WEBHOOK_BODY_BYTES_MAX = 256 * 1024
+#: Limits of subjects that have one of their own: a webhook's body, and room for what stands beside it.
+_LIMITS = {"stripe_webhook": WEBHOOK_BODY_BYTES_MAX + 4 * 1024}
 SCHEMA_HEADER = "tidemeter-schema"
 
 #: Looks a Confluent schema id up: the released schema it stands for.
@@ -75,7 +79,7 @@ class Decoder:
         self._schema_ids = schema_ids
         self._fingerprints = by_fingerprint()
         self._prefixes = {
-            SINGLE_OBJECT_MAGIC + fingerprint: (shape_of(schema), _reader(schema))
+            SINGLE_OBJECT_MAGIC + fingerprint: (shape_of(schema), _reader(schema), _bytes_max(schema))
             for fingerprint, schema in self._fingerprints.items()
         }
 
@@ -86,8 +90,13 @@ class Decoder:
             Undecodable: too large, too short, or no framing that we know.
             UnknownSchema: the framing names no released schema.
         """
-        if len(value) > VALUE_BYTES_MAX:
-            raise Undecodable("undecodable", f"value of {len(value)} bytes; the limit is {VALUE_BYTES_MAX}")
+        schema, start = self._framing_of(value)
+        limit = _bytes_max(schema)
+        if len(value) > limit:
+            raise Undecodable("undecodable", f"value of {len(value)} bytes; the limit is {limit}")
+        return schema, start
+
+    def _framing_of(self, value: bytes) -> tuple[Schema, int]:
         if value[:2] == SINGLE_OBJECT_MAGIC and len(value) >= SINGLE_OBJECT_PREFIX_BYTES:
             schema = self._fingerprints.get(value[2:SINGLE_OBJECT_PREFIX_BYTES])
             if schema is None:
@@ -105,7 +114,7 @@ class Decoder:
             UnknownSchema: the framing names no released schema.
         """
         known = self._prefixes.get(value[:SINGLE_OBJECT_PREFIX_BYTES])
-        if known is None or len(value) > VALUE_BYTES_MAX:
+        if known is None or len(value) > known[2]:
             schema, start = self.schema_of(value)
             return shape_of(schema), read_body(schema, value, start)
         try:  # the same in one step: this runs for every event
@@ -117,6 +126,10 @@ class Decoder:
 def shape_of(schema: Schema) -> Schema:
     """What records of ``schema`` are read as: the newest revision of its version."""
     return released()[schema.subject, schema.version]
+
+
+def _bytes_max(schema: Schema) -> int:
+    return _LIMITS.get(schema.subject, VALUE_BYTES_MAX)
 
 
 @cache

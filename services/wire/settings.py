@@ -44,6 +44,13 @@ def running_runtime() -> dict[str, Any]:
     return {}
 
 
+def secret_file(name: str) -> Path | None:
+    """The file that setting ``name`` is read from; None if the variable itself holds it, or nothing does."""
+    variable = PREFIX + name.upper()
+    path = os.environ.get(f"{variable}_FILE")
+    return None if path is None or variable in os.environ else Path(path)
+
+
 class _SecretFiles(PydanticBaseSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
@@ -151,6 +158,10 @@ class Settings(BaseSettings):
     smtp_password: SecretStr | None = Field(None, description="Password at the mail server.")
     mail_from: str | None = Field(None, description="Sender of notifications.")
     mail_to: str | None = Field(None, description="Who gets notifications, separated by commas.")
+    mail_events: str | None = Field(
+        None,
+        description="Ops events that make a mail: `all`, or names, separated by commas; unset for the usual.",
+    )
 
     stripe_api_key: SecretStr | None = Field(None, description="Restricted Stripe key for meter events.")
     stripe_api_base: str | None = Field(

@@ -12,8 +12,8 @@ from pydantic import SecretStr
 
 from services.console.routes import ROUTES
 from services.ingest.app import create_app
-from services.ingest.kafka import Delivery
 from services.web.keys import KeyStore, PostgresKeyRows
+from services.web.publishing import Delivery
 from services.wire.settings import Settings
 from tests.integration.ingest_serving import new_key
 

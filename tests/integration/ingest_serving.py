@@ -15,6 +15,7 @@ import httpx
 import psycopg
 import uvicorn
 from confluent_kafka import Consumer, TopicPartition
+from litestar import Litestar
 from pydantic import SecretStr
 
 from services.ingest.app import create_app
@@ -47,9 +48,15 @@ class Serving:
 
 @contextmanager
 def serving(kafka: str, dsn: str, **limits: Any) -> Iterator[Serving]:
-    """The API under uvicorn on a free port, in a thread."""
+    """The API, serving."""
     settings = Settings(kafka_bootstrap=kafka, postgres_dsn=SecretStr(dsn))
-    app = create_app(settings, limits=Limits(**limits))
+    with served(create_app(settings, limits=Limits(**limits))) as url:
+        yield Serving(url, dsn)
+
+
+@contextmanager
+def served(app: Litestar) -> Iterator[str]:
+    """The address of ``app`` under uvicorn on a free port, in a thread."""
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
     )
@@ -61,7 +68,7 @@ def serving(kafka: str, dsn: str, **limits: Any) -> Iterator[Serving]:
             assert thread.is_alive() and time.monotonic() < deadline_s, "the API did not start"
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Serving(f"http://127.0.0.1:{port}", dsn)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join(30)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import KafkaError
 
-from services.ingest.kafka import Delivery, KafkaPublisher
+from services.web.publishing import Delivery, KafkaPublisher
 from services.wire.topics import USAGE_CURRENT
 from services.wire.usage import UsageEvent, to_record, usage_encoder
 from tests.integration.ingest_serving import Serving, new_tenant, records_of, serving

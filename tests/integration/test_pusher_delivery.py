@@ -736,7 +736,7 @@ def test_deltas_of_every_released_version_are_read_and_nothing_else(world: World
     new = delta("cus_2", "2", dimensions={"region": "eu"}, formula="last", push_before=world.now())
     v1, v2 = (released()["usage_delta", version] for version in (1, 2))
     old = {field["name"]: delta("cus_1", "1")[field["name"]] for field in v1.plain["fields"]}
-    other = ops_event("any", subject_type="x", subject_id="y", source="z", at_us=0)
+    other = ops_event("meter_resumed", subject_type="x", subject_id="y", source="z", at_us=0)
     values = [Encoder(v1).encode(old), Encoder(v2).encode(new), other.value]
     raw = [SimpleNamespace(offset=n, value=value) for n, value in enumerate(values)]
     prepared = Intents(Decoder(), upcasters()).prepare(Chunk(Partition("deltas.v1", 0), raw))  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from schemas.catalog import Schema, current, released, writers
 from services.wire.codec import (
     SINGLE_OBJECT_MAGIC,
     VALUE_BYTES_MAX,
+    WEBHOOK_BODY_BYTES_MAX,
     Decoder,
     Encoder,
     read_body,
@@ -179,6 +180,23 @@ def test_a_value_above_64_kib_is_refused_before_it_is_decoded() -> None:
     too_large = Encoder(USAGE).encode({**RECORD, "properties": {"filler": "x" * VALUE_BYTES_MAX}})
     with pytest.raises(Undecodable, match="the limit is 65536"):
         Decoder().decode(too_large)
+
+
+@pytest.mark.parametrize("decoder", [Decoder(), BOTH_FRAMINGS], ids=["single-object", "both"])
+def test_a_webhook_may_be_as_large_as_the_bridge_takes_it_and_no_larger(decoder: Decoder) -> None:
+    schema = current("stripe_webhook")
+    longest = "\U0001f30a" * 255
+    record = {
+        "endpoint": "e" * 64,
+        "event_id": longest,
+        "event_type": longest,
+        "object_id": longest,
+        "received_at": 1,
+        "body": b"x" * WEBHOOK_BODY_BYTES_MAX,
+    }
+    assert decoder.decode(Encoder(schema).encode(record)) == (schema, record)
+    with pytest.raises(Undecodable, match="the limit is 266240"):
+        decoder.decode(Encoder(schema).encode({**record, "body": b"x" * (WEBHOOK_BODY_BYTES_MAX + 4096)}))
 
 
 def varint(number: int) -> bytes:

@@ -95,6 +95,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("ingest", "no Kafka address"),
         ("counters", "no PostgreSQL address"),
         ("pusher", "no Stripe key: set TIDEMETER_STRIPE_API_KEY"),
+        ("bridge", "no Kafka address"),
         ("resume", "no PostgreSQL address: set TIDEMETER_POSTGRES_DSN"),
         ("resume --partition usage.v3", "'usage.v3' is not topic/number, such as usage.v3/0"),
         ("resume --partition usage.v3/x", "is not topic/number"),

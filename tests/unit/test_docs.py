@@ -133,8 +133,8 @@ def test_every_ops_event_has_a_first_action() -> None:
     assert written <= rows
 
 
-def test_every_code_of_an_answer_and_of_a_parked_record_is_in_the_events_page() -> None:
-    text = page("docs/events.md")
+def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None:
+    text = page("docs/events.md") + page("docs/webhooks.md")
     codes: set[str] = set()
     for path in SOURCES:
         if "stripe" in path.parts or "stripe_simulator" in path.parts:

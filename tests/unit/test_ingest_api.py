@@ -14,9 +14,9 @@ from litestar import Litestar
 from litestar.testing import TestClient
 
 from services.ingest.app import create_app, openapi_document
-from services.ingest.kafka import Delivery
 from services.ingest.limits import Limits
 from services.web.keys import KeyRow, KeyStore, generate_key
+from services.web.publishing import Delivery
 from services.wire.codec import Decoder, Record
 from services.wire.errors import Transient
 from services.wire.settings import Settings

@@ -48,6 +48,14 @@ def test_everything_has_a_default_but_the_addresses_and_the_key() -> None:
         "sink_webhook_secret",
         "stripe_api_base",
         "worker_id",
+        "webhook_secrets",
+        "webhook_handlers",
+        "smtp_host",
+        "smtp_username",
+        "smtp_password",
+        "mail_from",
+        "mail_to",
+        "mail_events",
     }
 
 

@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 
 class Delivery(StrEnum):
-    """What is known of one record. All but the first may be sent again with the same idempotency key."""
+    """What is known of one record. All but the first may be sent again under the same identity."""
 
     ACKNOWLEDGED = "acknowledged"
     #: Kafka refused it, or the time limit passed in the queue or on the way: it may or may not be stored.
@@ -36,8 +36,8 @@ class Delivery(StrEnum):
     QUEUE_FULL = "queue_full"
 
 
-class UsagePublisher(Protocol):
-    """What the API needs of Kafka."""
+class Publisher(Protocol):
+    """What a process that serves HTTP needs of Kafka."""
 
     async def publish(self, records: Sequence[tuple[bytes, bytes]]) -> list[Delivery]: ...
     async def check(self) -> None: ...
@@ -96,6 +96,7 @@ class KafkaPublisher:
         topic: str,
         headers: Sequence[tuple[str, str | bytes | None]],
         *,
+        client_id: str = "tidemeter",
         ack_timeout_s: float = 10.0,
         queue_messages_max: int = 100_000,
         queue_kib_max: int = 64 * 1024,
@@ -114,7 +115,7 @@ class KafkaPublisher:
                 "socket.timeout.ms": max(1000, int(ack_timeout_s * 500)),
                 "socket.connection.setup.timeout.ms": max(1000, int(ack_timeout_s * 500)),
                 "reconnect.backoff.max.ms": 1000,
-                "client.id": "tidemeter-ingest",
+                "client.id": client_id,
                 "logger": logging.getLogger("librdkafka"),  # instead of its own lines on stderr
                 "error_cb": self._on_error,
                 **overrides,
