@@ -134,7 +134,7 @@ def up(
     counters: Annotated[int, typer.Option(min=1, max=16, help="Counters workers to run.")] = 1,
     port: Annotated[int | None, typer.Option(help="Port of the API; default 8080 or a free one.")] = None,
 ) -> None:
-    """Run everything on this machine until Ctrl-C: Kafka, PostgreSQL, Stripe simulator, API, workers.
+    """Run everything on this machine until Ctrl-C: Kafka, PostgreSQL, Stripe simulator, API, bridge, workers.
 
     What TIDEMETER_KAFKA_BOOTSTRAP, TIDEMETER_POSTGRES_DSN and TIDEMETER_STRIPE_API_KEY name is used
     instead of an embedded one. Data stay in TIDEMETER_DATA_DIR (default ~/.local/share/tidemeter).
@@ -166,6 +166,8 @@ def up(
             typer.echo(f"API        http://127.0.0.1:{stack.member('ingest').port}  (OpenAPI at /docs)")
             typer.echo(f"Kafka      {stack.kafka_bootstrap}")
             typer.echo(f"Stripe     {stack.stripe_base or 'api.stripe.com'}")
+            if (bridge := stack.members().get("bridge")) is not None:
+                typer.echo(f"Webhooks   {bridge.base_url}/v1/webhooks/<endpoint>")
             typer.echo("Ready. Ctrl-C stops everything; data stay.")
             while not stop.wait(0.5):
                 stack.supervise()

@@ -51,6 +51,8 @@ def collect(settings: Settings) -> dict[str, Any]:
             "deltas": _deltas(db),
             "waiting": _waiting(db),
             "carried_forward": _carried_forward(db),
+            "parked": _parked(db),
+            "webhooks": _webhooks(db),
         }
 
 
@@ -132,8 +134,26 @@ def _carried_forward(db: psycopg.Connection[Any]) -> dict[str, int]:
     return {"period_closed": 0, "too_old_for_stripe": 0, **dict(rows)}
 
 
+def _parked(db: psycopg.Connection[Any]) -> dict[str, int]:
+    """Parked records that are not settled, by kind; and re-drives that are paused."""
+    rows = db.execute(
+        "SELECT kind, count(*) FROM parked_records WHERE state = 'parked' GROUP BY kind "
+        "UNION ALL SELECT 'paused_redrives', count(*) FROM redrives WHERE state = 'paused'"
+    ).fetchall()
+    return {**dict.fromkeys(("dead_letter", "upcast_failure", "conflict"), 0), **dict(rows)}
+
+
+def _webhooks(db: psycopg.Connection[Any]) -> dict[str, int]:
+    """Runs of webhook handlers that are not done, by state."""
+    states = ("received", "processing", "failed", "dead")
+    rows = db.execute(
+        "SELECT state, count(*) FROM webhook_runs WHERE state = ANY(%s) GROUP BY state", (list(states),)
+    ).fetchall()
+    return {**dict.fromkeys(states, 0), **dict(rows)}
+
+
 def needs_attention(document: dict[str, Any]) -> bool:
-    """Something that does not cure itself: a gap, a halted partition, failed or doubtful pushes."""
+    """Something that does not cure itself: a gap, a halt, failed or doubtful pushes, dead webhooks."""
     deltas = document["deltas"]
     return bool(
         document["conservation_gap"]
@@ -141,6 +161,8 @@ def needs_attention(document: dict[str, Any]) -> bool:
         or deltas["failed"]["count"]
         or deltas["in_doubt"]["count"]
         or document["waiting"]["items_without_stripe_customer"]
+        or document["webhooks"]["dead"]
+        or document["parked"]["paused_redrives"]
     )
 
 
@@ -207,6 +229,12 @@ def _print(document: dict[str, Any]) -> None:
             console.print(
                 f"carried forward: {number} times, {reason.replace('_', ' ')} (`tidemeter periods carried`)"
             )
+    for kind, number in document["parked"].items():
+        if number:
+            console.print(f"parked: {number} {kind.replace('_', ' ')} (`tidemeter parked list`)")
+    for state, number in document["webhooks"].items():
+        if number:
+            console.print(f"webhooks: {number} {state} (`tidemeter webhooks list --state {state}`)")
     for row in document["halted"]:
         console.print(
             f"[bold red]halted[/]: {row['topic']}/{row['partition']}: {row['halted']} (`tidemeter resume`)"

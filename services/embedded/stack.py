@@ -27,6 +27,7 @@ import structlog
 from services.embedded.errors import StartFailed
 from services.embedded.processes import Launch, choose_port, spawn, tail
 from services.embedded.runtime import EmbeddedRuntime
+from services.embedded.webhooks import register_webhooks
 from services.streaming.observe import NO_PARTITIONS
 from services.wire.migrations import apply_migrations
 from services.wire.settings import PREFIX, RUNTIME_FILE, Settings
@@ -132,10 +133,25 @@ class Stack:
         for number in range(1, self._counters + 1):
             name = f"counters-{number}"
             self._add(name, ["counters"], self._port(name), worker_id=name)
-        self._add("pusher", ["pusher"], self._port("pusher"), worker_id="pusher-1")
+        for name in ("pusher", "dispatcher", "upkeep"):
+            self._add(name, [name], self._port(name), worker_id=f"{name}-1")
+        self._add_bridge(say)
         for name in self._members:
             self._await_ready(name)
             say(f"{name} ready")
+
+    def _add_bridge(self, say: Callable[[str], None]) -> None:
+        """With secrets of its own it needs no set-up; those of the simulator are made here."""
+        if self.settings.webhook_secrets is not None:
+            port = self._port("bridge", self.settings.bridge_port)
+            self._add("bridge", ["bridge", "--port", str(port)], port)
+        elif self.settings.stripe_api_key is None and self.stripe_base is not None:
+            port = self._port("bridge")
+            secrets = register_webhooks(self.stripe_base, SIMULATOR_KEY, port, self.root / "processes")
+            environment = {"WEBHOOK_SECRETS_FILE": str(secrets)}
+            self._add("bridge", ["bridge", "--port", str(port)], port, environment=environment)
+        else:
+            say("no webhook endpoints: set TIDEMETER_WEBHOOK_SECRETS_FILE to start the bridge")
 
     def _port(self, name: str, given: int | None = None) -> int:
         """A free port, the same as last time where possible."""
@@ -144,11 +160,18 @@ class Stack:
         taken = [member.port for member in self._members.values()]
         return choose_port(given, directory / f"{name}.port", taken)
 
-    def _add(self, name: str, arguments: list[str], port: int, worker_id: str | None = None) -> None:
-        environment = {"OBSERVE_PORT": str(port)}
+    def _add(
+        self,
+        name: str,
+        arguments: list[str],
+        port: int,
+        worker_id: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        own = {"OBSERVE_PORT": str(port), **(environment or {})}
         if worker_id is not None:
-            environment["WORKER_ID"] = worker_id
-        member = Member(name, arguments, port, environment)
+            own["WORKER_ID"] = worker_id
+        member = Member(name, arguments, port, own)
         self._members[name] = member
         self._spawn(member)
 
@@ -213,6 +236,8 @@ class Stack:
             "stripe_api_base": self.stripe_base,
             "processes": {name: member.base_url for name, member in self._members.items()},
         }
+        if "bridge" in self._members:
+            document["bridge_port"] = self._members["bridge"].port
         if self.settings.stripe_api_key is None:
             document["stripe_api_key"] = SIMULATOR_KEY
         path = self.root / RUNTIME_FILE
@@ -277,6 +302,10 @@ class Stack:
             KeyError: there is none.
         """
         return self._members[name]
+
+    def members(self) -> Mapping[str, Member]:
+        """Every process, by name."""
+        return self._members
 
     def __enter__(self) -> Stack:
         self.start()

@@ -99,6 +99,8 @@ class Decoder:
     def _framing_of(self, value: bytes) -> tuple[Schema, int]:
         if value[:2] == SINGLE_OBJECT_MAGIC and len(value) >= SINGLE_OBJECT_PREFIX_BYTES:
             schema = self._fingerprints.get(value[2:SINGLE_OBJECT_PREFIX_BYTES])
+            if schema is None and len(value) > VALUE_BYTES_MAX:
+                raise Undecodable("undecodable", f"value of {len(value)} bytes, and of no schema")
             if schema is None:
                 raise UnknownSchema("unknown_schema", "fingerprint of no released schema")
             return schema, SINGLE_OBJECT_PREFIX_BYTES

@@ -14,15 +14,23 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.embedded.stack import Stack
 from services.wire.settings import load_settings
+from tests.oracle import unframe
 
 TIDEMETER = [sys.executable, "-m", "services.cli.main"]
 #: Values that must never reach a log, a label or an error answer.
 PLANTED_CUSTOMER = "planted-customer-7f3a"
 PLANTED_PROPERTY = "planted-property-91bc"
+PLANTED_MAIL = "planted.person@example.org"
+PLANTED_NAME = "Planted Q. Person"
+PLANTED_URL = "https://billing.example.org/session/planted-5d2e"
+PLANTED_POISON = "planted-poison-e07f"
+#: Every process of ours.
+PROCESSES = ("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "bridge")
 CONFIGURATION = f"""
 tenants:
   - id: acme
@@ -117,10 +125,10 @@ def test_usage_becomes_money_once_over_restarts_of_every_process(stack: Stack, a
     assert post(stack, api_key, event("a", 5), event("a", 5)).json()["accepted"] == 2
     assert post(stack, api_key, event("a", 5)).json()["accepted"] == 1
     wait_for(stack, "three records counted", lambda now: now["records"] == 3)
-    for name in ("ingest", "counters-1", "pusher", "simulator"):
+    for name in PROCESSES:
         stack.kill(name)
         stack.revive(name)
-    for name in ("ingest", "counters-1", "pusher", "simulator"):
+    for name in PROCESSES:
         stack._await_ready(name)
     assert post(stack, api_key, event("a", 5), event("b", "2")).json()["accepted"] == 2
     now = wait_for(
@@ -148,7 +156,7 @@ def test_a_killed_process_is_started_again(stack: Stack) -> None:
 
 
 def test_every_process_answers_health_and_metrics(stack: Stack) -> None:
-    for name in ("simulator", "ingest", "counters-1", "pusher"):
+    for name in PROCESSES:
         base = stack.member(name).base_url
         assert httpx.get(f"{base}/health/live").status_code == 200
         ready = httpx.get(f"{base}/health/ready")
@@ -158,7 +166,7 @@ def test_every_process_answers_health_and_metrics(stack: Stack) -> None:
 
 
 def test_everything_listens_on_loopback_only(stack: Stack) -> None:
-    for name in ("simulator", "ingest", "counters-1", "pusher"):
+    for name in PROCESSES:
         child = stack.member(name).child
         assert child is not None
         listening = {
@@ -169,31 +177,166 @@ def test_everything_listens_on_loopback_only(stack: Stack) -> None:
         assert listening == {("127.0.0.1", stack.member(name).port)}
 
 
-def test_no_secret_and_no_content_reaches_a_log_a_label_or_an_error_answer(
+def simulate(stack: Stack, path: str, body: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{stack.stripe_base}/_simulator/{path}", json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def deliver_webhooks(stack: Stack) -> None:
+    """Have the simulator send what is due, until every event that it has sent is handled."""
+
+    def handled(now: dict[str, Any]) -> bool:
+        simulate(stack, "deliveries", {})
+        waiting = now["webhooks"]
+        return not (waiting["received"] or waiting["processing"])
+
+    wait_for(stack, "every webhook handled", handled)
+
+
+def test_what_stripe_tells_becomes_state_and_ops_events(stack: Stack, api_key: str) -> None:
+    """Through simulator, bridge, Kafka and dispatcher: a payment fails, a refund costs, an account leaves."""
+    made = httpx.post(
+        f"{stack.stripe_base}/v1/customers",
+        data={"email": PLANTED_MAIL, "name": PLANTED_NAME, "metadata[tidemeter_timezone]": "Europe/Budapest"},
+        headers={"Authorization": "Bearer sk_test_simulator"},
+        timeout=30,
+    ).json()
+    simulate(
+        stack, "charges", {"customer": made["id"], "amount": 900, "currency": "eur", "failure_code": "no"}
+    )
+    good = simulate(stack, "charges", {"customer": made["id"], "amount": 5000, "currency": "eur", "fee": 175})
+    simulate(stack, "refunds", {"charge": good["id"], "amount": 2000})
+    simulate(stack, "accounts/acct_left/deauthorize", {})
+    portal = {"id": "cs_1", "object": "checkout.session", "url": PLANTED_URL, "customer": made["id"]}
+    simulate(stack, "events", {"type": "checkout.session.completed", "object": portal})
+    deliver_webhooks(stack)
+    told = {one["name"]: one for one in ops_events(stack)}
+    assert told["charge_failed"]["attributes"]["customer_id"] == made["id"]
+    assert (told["revenue_loss"]["attributes"]["amount"], told["revenue_loss"]["attributes"]["reason"]) == (
+        "2000",
+        "refund",
+    )
+    assert "acct_left" in json.dumps(told["connect_account_deauthorized"], default=str)
+    listed = json.loads(tidemeter(stack, "webhooks", "list", "--state", "all", "--json"))
+    assert {one["state"] for one in listed} == {"succeeded"}
+
+
+def test_what_the_stream_rejects_later_fails_by_the_report_and_can_be_retried(
     stack: Stack, api_key: str
 ) -> None:
+    """An error report is fetched and fails what it names, once; nothing else of the customer does."""
+    before = status(stack)["deltas"]["failed"]["count"]
+    assert post(stack, api_key, event("reported-later", 3)).json()["accepted"] == 1
+    now = wait_for(stack, "it is at Stripe", lambda now: not now["waiting"]["items_to_close"])
+    wait_for(stack, "nothing under way", lambda now: not now["deltas"]["pending"]["count"])
+    rows = json.loads(tidemeter(stack, "meter-events", "list", "--state", "reported", "--json"))
+    newest = rows[0]["identifier"]
+    error = {"error_message": PLANTED_MAIL, "request": {"identifier": newest}}
+    types = [{"code": "meter_event_invalid_value", "error_count": 1, "sample_errors": [error]}]
+    simulate(
+        stack,
+        "events",
+        {
+            "type": "v1.billing.meter.error_report_triggered",
+            "payload": "thin",
+            "related_object": {"id": "mtr_1", "type": "billing.meter", "url": "/v1/billing/meters/mtr_1"},
+            "data": {
+                "developer_message_summary": PLANTED_NAME,
+                "validation_start": "2026-11-22T00:00:00Z",
+                "validation_end": "2026-11-22T00:00:10Z",
+                "reason": {"error_count": 1, "error_types": types},
+            },
+        },
+    )
+    deliver_webhooks(stack)
+    now = wait_for(stack, "it failed", lambda now: now["deltas"]["failed"]["count"] == before + 1)
+    assert now["deltas"]["reported"]["count"]
+    shown = json.loads(tidemeter(stack, "meter-events", "show", newest, "--json"))
+    assert (shown["state"], shown["error_code"]) == ("failed", "meter_event_invalid_value")
+    tidemeter(stack, "meter-events", "retry", "--tenant", "acme", "--yes")
+    wait_for(
+        stack, "the retry is reported", lambda now: not now["waiting"]["items_to_close"] and at_stripe(stack)
+    )
+
+
+def ops_events(stack: Stack) -> list[dict[str, Any]]:
+    """Everything on ops.v1, as a stock reader sees it."""
+    consumer = Consumer(
+        {"bootstrap.servers": stack.kafka_bootstrap, "group.id": f"test-{time.monotonic_ns()}"}
+        | {"auto.offset.reset": "earliest", "enable.partition.eof": True}
+    )
+    found = []
+    try:
+        topic = consumer.list_topics("ops.v1", timeout=20).topics["ops.v1"]
+        consumer.assign([TopicPartition("ops.v1", number, 0) for number in topic.partitions])
+        ended: set[int] = set()
+        while len(ended) < len(topic.partitions):
+            message = consumer.poll(20)
+            assert message is not None
+            if message.error() is not None:
+                ended.add(message.partition())
+            else:
+                found.append(unframe("ops_event", 1, message.value() or b""))
+    finally:
+        consumer.close()
+    return found
+
+
+def test_no_secret_and_nothing_personal_reaches_a_log_a_label_an_error_answer_or_an_ops_event(
+    stack: Stack, api_key: str
+) -> None:
+    """After everything that plants something: names, mails, session addresses, payloads, poison, secrets."""
     refused = post(stack, api_key, event("bad", "NaN"), event("worse", "1e400"), event("x" * 300))
     wrong_key = post(stack, api_key[:-4] + "AAAA", event("c"))
     assert refused.status_code == 400
     assert wrong_key.status_code == 401
+    producer = Producer({"bootstrap.servers": stack.kafka_bootstrap})
+    for value in (PLANTED_POISON.encode(), b"\xc3\x01" + PLANTED_MAIL.encode()):
+        producer.produce("usage.v3", value, PLANTED_MAIL.encode(), headers=[("note", PLANTED_POISON)])
+    producer.produce("stripe_webhooks.v1", PLANTED_POISON.encode(), b"key")
+    assert producer.flush(30) == 0
+    unsigned = httpx.post(
+        f"{stack.member('bridge').base_url}/v1/webhooks/main",
+        content=json.dumps({"id": "evt_1", "type": "x", "email": PLANTED_MAIL}),
+        headers={"Stripe-Signature": f"t={int(time.time())},v1={PLANTED_POISON}"},
+        timeout=30,
+    )
+    assert unsigned.status_code == 400
+    wait_for(stack, "the poison is parked", lambda now: now["parked"]["upcast_failure"] >= 2)
+    key_file = stack.root / "processes" / "webhook-secrets"
+    signing = key_file.read_text("utf-8").split("=")[1].split("\n")[0]
     secrets = {
         "API key": api_key.rsplit("_", 1)[1],
         "PostgreSQL password": stack.postgres_dsn.split(":")[2].split("@")[0],
-        "customer": PLANTED_CUSTOMER,
+        "signing secret": signing,
+        "Stripe key": "sk_test_simulator",
         "property": PLANTED_PROPERTY,
+        "mail": PLANTED_MAIL,
+        "name": PLANTED_NAME,
+        "session": PLANTED_URL,
+        "poison": PLANTED_POISON,
     }
-    texts = {
-        name: stack.log_file(name).read_text("utf-8")
-        for name in ("simulator", "ingest", "counters-1", "pusher")
+    listed = tidemeter(stack, "parked", "list", "--json") + tidemeter(stack, "webhooks", "list", "--json")
+    texts = {f"log of {name}": stack.log_file(name).read_text("utf-8") for name in PROCESSES}
+    texts |= {
+        f"metrics of {name}": httpx.get(f"{stack.member(name).base_url}/metrics").text for name in PROCESSES
     }
     texts |= {
-        f"{name} metrics": httpx.get(f"{stack.member(name).base_url}/metrics").text
-        for name in ("simulator", "ingest", "counters-1", "pusher")
+        "refusal": refused.text,
+        "wrong key": wrong_key.text,
+        "unsigned": unsigned.text,
+        "lists": listed,
     }
-    texts |= {"refusal": refused.text, "wrong key": wrong_key.text}
+    texts |= {"ops events": json.dumps(ops_events(stack), default=str)}
     for where, text in texts.items():
+        assert text, where
         for what, secret in secrets.items():
-            assert secret not in text, f"{what} in {where}"
+            assert secret not in text, f"{what} in the {where}"
+        if where != "lists":
+            assert PLANTED_CUSTOMER not in text, f"a customer in the {where}"
+    assert key_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_runtime_file_is_private_and_points_other_commands_here(stack: Stack) -> None:

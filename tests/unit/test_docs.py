@@ -134,7 +134,7 @@ def test_every_ops_event_has_a_first_action() -> None:
 
 
 def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None:
-    text = page("docs/events.md") + page("docs/webhooks.md")
+    text = page("docs/events.md") + page("docs/webhooks.md") + page("docs/parking.md")
     codes: set[str] = set()
     for path in SOURCES:
         if "stripe" in path.parts or "stripe_simulator" in path.parts:
