@@ -14,6 +14,7 @@ from services.cli.bench import bench
 from services.cli.demo import demo
 from services.cli.keys import keys_app
 from services.cli.send import send
+from services.cli.webhooks import webhooks_app
 
 app = typer.Typer(
     name="tidemeter",
@@ -60,6 +61,7 @@ for command in (
     services.ingest,
     services.counters,
     services.pusher,
+    services.dispatcher,
     services.migrate,
     operate.resume,
     bench,
@@ -69,6 +71,7 @@ app.command("stripe-simulator")(services.stripe_simulator)
 app.add_typer(meter_events.meter_events_app, name="meter-events")
 app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
+app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(keys_app, name="keys")
 
 

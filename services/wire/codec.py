@@ -71,8 +71,11 @@ class Encoder:
 class Decoder:
     """Reads framed values. Thread-safe."""
 
-    def __init__(self, schema_ids: SchemaIds = _no_registry) -> None:
+    def __init__(
+        self, schema_ids: SchemaIds = _no_registry, *, value_bytes_max: int = VALUE_BYTES_MAX
+    ) -> None:
         self._schema_ids = schema_ids
+        self._value_bytes_max = value_bytes_max
         self._fingerprints = by_fingerprint()
         self._prefixes = {
             SINGLE_OBJECT_MAGIC + fingerprint: (schema, _reader(schema))
@@ -86,8 +89,10 @@ class Decoder:
             Undecodable: too large, too short, or no framing that we know.
             UnknownSchema: the framing names no released schema.
         """
-        if len(value) > VALUE_BYTES_MAX:
-            raise Undecodable("undecodable", f"value of {len(value)} bytes; the limit is {VALUE_BYTES_MAX}")
+        if len(value) > self._value_bytes_max:
+            raise Undecodable(
+                "undecodable", f"value of {len(value)} bytes; the limit is {self._value_bytes_max}"
+            )
         if value[:2] == SINGLE_OBJECT_MAGIC and len(value) >= SINGLE_OBJECT_PREFIX_BYTES:
             schema = self._fingerprints.get(value[2:SINGLE_OBJECT_PREFIX_BYTES])
             if schema is None:
@@ -105,7 +110,7 @@ class Decoder:
             UnknownSchema: the framing names no released schema.
         """
         known = self._prefixes.get(value[:SINGLE_OBJECT_PREFIX_BYTES])
-        if known is None or len(value) > VALUE_BYTES_MAX:
+        if known is None or len(value) > self._value_bytes_max:
             schema, start = self.schema_of(value)
             return schema, read_body(schema, value, start)
         try:  # the same in one step: this runs for every event

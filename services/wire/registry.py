@@ -8,7 +8,7 @@ from functools import lru_cache
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from schemas.catalog import Schema, by_fingerprint
-from services.wire.codec import Decoder, Encoder
+from services.wire.codec import VALUE_BYTES_MAX, Decoder, Encoder
 from services.wire.errors import Transient, UnknownSchema
 from services.wire.settings import Settings
 
@@ -55,11 +55,11 @@ class Registry:
             raise Transient("the schema registry does not answer") from error
 
 
-def decoder_for(settings: Settings) -> Decoder:
+def decoder_for(settings: Settings, *, value_bytes_max: int = VALUE_BYTES_MAX) -> Decoder:
     """A decoder of both framings, or of single-object encoding only without a registry."""
     if settings.schema_registry_url is None:
-        return Decoder()
-    return Decoder(Registry(settings.schema_registry_url).schema_of)
+        return Decoder(value_bytes_max=value_bytes_max)
+    return Decoder(Registry(settings.schema_registry_url).schema_of, value_bytes_max=value_bytes_max)
 
 
 def encoder_for(settings: Settings, schema: Schema, topic: str) -> Encoder:
