@@ -50,8 +50,8 @@ _COLUMNS = (
     "error_code",
 )
 
-_AGO = re.compile(r"-?(?:PT?)?(\d{1,6})([SMHDsmhd])")
-_UNITS = {"S": "seconds", "M": "minutes", "H": "hours", "D": "days"}
+_AGO = re.compile(r"(?:-?P(?=\d+D$|T\d+[SMH]$)T?)?(\d{1,5})([SMHDsmhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 TypeOption = Annotated[str | None, typer.Option("--type", help="Only of this type; `invoice.*` for several.")]
 HandlerOption = Annotated[str | None, typer.Option(help="Only runs of this handler; `tidemeter` is ours.")]
@@ -225,7 +225,7 @@ def _moment(text: str | None) -> datetime | None:
         return None
     ago = _AGO.fullmatch(text)
     if ago is not None:
-        return datetime.now(UTC) - timedelta(**{_UNITS[ago[2].upper()]: int(ago[1])})
+        return datetime.now(UTC) - timedelta(**{_UNITS[ago[2].lower()]: int(ago[1])})
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

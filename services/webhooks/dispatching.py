@@ -314,13 +314,13 @@ class Lane:
         return then.state
 
     def _durably(self, database: Database, run: Claimed, work: Callable[[Connection], Any]) -> Any:
-        """Do ``work``, however often PostgreSQL goes away. None: the lease ended first, and with it all
-        that may be done here.
+        """Do ``work``, however long PostgreSQL is away. None: it is there, the lease has ended, and it still
+        does not take it; or the process stops. Then whoever claims the run next begins anew.
 
         Every transaction of ``work`` looks first whether the run is still this process's, so one that was
         committed without an answer is not done again.
         """
-        failures = 0
+        failures, is_last = 0, False
         while True:
             try:
                 result = work(database.connection())
@@ -331,9 +331,19 @@ class Lane:
                     raise  # a handler's: something else is away
                 failures += 1
                 wait = self._away(database, error, failures)
-                if self._tools.clock() >= run.lease_ends or self._tools.stopping.is_set():
+                if is_last or self._tools.stopping.is_set():
                     return None
                 time.sleep(wait)
+                is_last = self._tools.clock() >= run.lease_ends and _answers(database)
+
+
+def _answers(database: Database) -> bool:
+    try:
+        database.connection().execute("SELECT 1")
+    except TRANSIENT_ERRORS:
+        database.reset()
+        return False
+    return True
 
 
 def dead_lettered(run: Claimed, failure: Failure, now: datetime) -> list[OutboxRow]:

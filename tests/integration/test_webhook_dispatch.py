@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -17,6 +18,7 @@ from services.webhooks.deciding import Policy
 from services.webhooks.handling import Refused, WebhookEvent
 from services.wire.errors import OffsetGap
 from services.wire.records import OutboxRow, ops_event
+from tests.conftest import Servers
 from tests.integration.dispatching import (
     QUICK,
     T0,
@@ -421,6 +423,41 @@ def test_sessions_that_postgresql_ends_cost_no_attempt(desk: Desk) -> None:
         desk.until_settled()
     assert desk.run("evt_1") == ("succeeded", 1, None, None)
     assert desk.effects() == ["evt_1"]
+
+
+def test_postgresql_being_away_for_longer_than_the_lease_costs_no_attempt(
+    desk: Desk, servers: Servers
+) -> None:
+    gate, name = Gate(), urlsplit(desk.dsn).path[1:]
+    desk.deliver(snapshot("evt_1"))
+    with (
+        psycopg.connect(servers.postgres, autocommit=True) as admin,
+        desk.dispatching(planted(fetch=lambda *_: gate.pass_through()), concurrency=1) as dispatcher,
+    ):
+        assert gate.reached.wait(30)
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        desk.clock.leap(hours=1)
+        gate.opened.set()
+        until(lambda: dispatcher.check()[0] == "unhealthy", "the outage seen")
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        desk.until_settled()
+    assert desk.run("evt_1") == ("succeeded", 1, None, None)
+    assert desk.effects() == ["evt_1"]
+
+
+def test_what_postgresql_never_takes_is_given_up_with_its_lease(desk: Desk) -> None:
+    def cancelled(db: Any, event: WebhookEvent, found: Any, now: datetime) -> Sequence[OutboxRow]:
+        desk.clock.leap(minutes=1)
+        db.execute("SET LOCAL statement_timeout = 1")
+        db.execute("SELECT pg_sleep(1)")
+        return ()
+
+    desk.deliver(snapshot("evt_1"), snapshot("evt_2", "other.thing", at=1))
+    with desk.dispatching(planted(apply=cancelled), planted("other.thing"), concurrency=1):
+        desk.until_settled()
+    assert desk.run("evt_1") == ("dead", 3, "LeaseEnded", "not_finished")
+    assert desk.effects() == ["evt_2"]
 
 
 # -- Leases ----------------------------------------------------------------------------------------------
