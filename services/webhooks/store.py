@@ -83,7 +83,7 @@ def store(db: Connection, events: Sequence[Delivered], runs: Sequence[NewRun], n
         "INSERT INTO webhook_runs (event_id, handler, subject, created_at, next_attempt_at) "
         "SELECT event_id, handler, subject, e.created_at, %s "
         "FROM unnest(%s::text[], %s::text[], %s::text[]) AS r (event_id, handler, subject) "
-        "JOIN webhook_events e USING (event_id)",
+        "JOIN webhook_events e USING (event_id) ORDER BY e.created_at, event_id",
         (
             now,
             [run.event_id for run in wanted],
@@ -129,7 +129,7 @@ _CLAIM = f"""
                 SELECT FROM webhook_runs b
                 WHERE b.event_id = r.event_id AND b.handler = '{BUILT_IN}'
                     AND b.state IN ('received', 'processing', 'failed')))
-        ORDER BY r.next_attempt_at, r.created_at, r.event_id
+        ORDER BY r.next_attempt_at
         LIMIT 1 FOR UPDATE OF r SKIP LOCKED
     )
     UPDATE webhook_runs r SET state = 'processing', next_attempt_at = %(lease_ends)s,
