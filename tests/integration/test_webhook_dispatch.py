@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -475,6 +476,25 @@ def test_a_run_whose_claimer_is_gone_is_taken_over_and_the_zombie_changes_nothin
         gate.opened.set()
     assert desk.query("SELECT event_id, note FROM effects") == [("evt_1", "heir")]
     assert desk.run("evt_1") == ("succeeded", 2, None, None)
+
+
+def test_a_zombie_that_wakes_while_its_heir_is_at_work_changes_nothing(desk: Desk) -> None:
+    gate, heirs = Gate(), Gate()
+    zombie = planted(fetch=lambda *_: gate.pass_through() or "zombie")
+    heir = planted(fetch=lambda *_: heirs.pass_through() or "heir")
+    desk.deliver(snapshot("evt_1"))
+    with contextlib.ExitStack() as stack:
+        with desk.dispatching(zombie, concurrency=1):
+            assert gate.reached.wait(30)
+            desk.clock.leap(minutes=5)
+            stack.enter_context(desk.dispatching(heir, concurrency=1))
+            assert heirs.reached.wait(30)
+            gate.opened.set()
+        assert desk.effects() == []
+        assert desk.run("evt_1")[:2] == ("processing", 2)
+        heirs.opened.set()
+        desk.until_settled()
+    assert desk.query("SELECT event_id, note FROM effects") == [("evt_1", "heir")]
 
 
 def test_a_zombie_that_fails_changes_nothing_either(desk: Desk) -> None:
