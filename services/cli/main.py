@@ -26,6 +26,7 @@ from services.cli.demo import demo
 from services.cli.keys import keys_app
 from services.cli.schemas import schemas_app
 from services.cli.send import send
+from services.cli.webhooks import webhooks_app
 
 app = typer.Typer(
     name="tidemeter",
@@ -75,6 +76,7 @@ for command in (
     bridge,
     upkeep.upkeep,
     upkeep.prune,
+    services.dispatcher,
     services.migrate,
     operate.resume,
     bench,
@@ -85,6 +87,7 @@ app.add_typer(meter_events.meter_events_app, name="meter-events")
 app.add_typer(parked.parked_app, name="parked")
 app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
+app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(keys_app, name="keys")
 app.add_typer(schemas_app, name="schemas")
 

@@ -1,4 +1,4 @@
-"""``tidemeter ingest | counters | pusher | stripe-simulator | up | migrate``: start things."""
+"""``tidemeter ingest | counters | pusher | dispatcher | stripe-simulator | up | migrate``: start things."""
 
 from __future__ import annotations
 
@@ -55,6 +55,28 @@ def pusher() -> None:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format, service="pusher")
         asyncio.run(run(settings))
+
+
+def dispatcher() -> None:
+    """Run one dispatcher: Stripe's webhooks to their handlers.
+
+    Example: TIDEMETER_STRIPE_API_KEY_FILE=/run/secrets/stripe tidemeter dispatcher
+    """
+    from services.console.webhook_runs import Retention, prune
+    from services.pusher.failures import fail_reported
+    from services.webhooks.agent import run
+
+    with sentences():
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format, service="dispatcher")
+        retention = Retention.from_settings(settings)
+        asyncio.run(
+            run(
+                settings,
+                fail_reported,
+                lambda db, now: prune(db, retention, now=now, actor="dispatcher"),
+            )
+        )
 
 
 def stripe_simulator(

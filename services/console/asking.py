@@ -8,7 +8,10 @@ from typing import Any, TypeVar
 
 import psycopg
 from litestar import Request
+from litestar.connection import ASGIConnection
 from litestar.datastructures import State
+from litestar.handlers import BaseRouteHandler
+from litestar.types import Guard
 
 from services.web.keys import KeyStore, Principal, Scope
 from services.web.problems import RETRY_AFTER_S, RequestRefused
@@ -38,6 +41,24 @@ def refuse_unknown_parameters(request: Request[Any, Any, State], known: frozense
         raise RequestRefused(
             400, "parameter_unknown", f"the parameters are {', '.join(sorted(known))}", path="query"
         )
+
+
+def operators_only(scope: Scope) -> Guard:
+    """For what belongs to no tenant: the key has ``scope`` and no tenant. Asked before anything is read.
+
+    The principal is then ``request.state.principal``.
+    """
+
+    async def guard(connection: ASGIConnection[Any, Any, Any, State], _: BaseRouteHandler) -> None:
+        store: KeyStore = connection.app.state.key_store
+        principal = await store.authenticate(connection.headers.get("authorization"), scope)
+        if principal.tenant_id is not None:
+            raise RequestRefused(
+                403, "operators_only", "this is for keys without a tenant", path="Authorization"
+            )
+        connection.state.principal = principal
+
+    return guard
 
 
 async def ask(request: Request[Any, Any, State], question: Asked[Answer]) -> Answer:

@@ -37,3 +37,20 @@ DECIDE_RESPONSES: dict[int, ResponseSpec] = {
     409: documented("It was decided the other way before, or it is too old to be approved.", Problem),
     **_COMMON,
 }
+#: Every answer about one webhook event but 200.
+SHOW_WEBHOOK_RESPONSES: dict[int, ResponseSpec] = {
+    404: documented("No webhook event has this id.", Problem),
+    **_COMMON,
+}
+#: Every answer to a replay of webhooks but 200.
+REPLAY_WEBHOOKS_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("The body is malformed, or says nothing of which.", Problem),
+    404: documented("An id that no webhook event has.", Problem),
+    409: documented("None of the ids is dead or failed; or more than 10,000 without `force`.", Problem),
+    **_COMMON,
+}
+#: Every answer to a pruning of webhooks but 200.
+PRUNE_WEBHOOKS_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("The body is malformed.", Problem),
+    **_COMMON,
+}

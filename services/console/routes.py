@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from litestar.types import ControllerRouterHandler
 
-from services.console import adjustment_routes, parked_routes
+from services.console import adjustment_routes, parked_routes, webhook_routes
 
-ROUTES: Sequence[ControllerRouterHandler] = (*adjustment_routes.ROUTES, *parked_routes.ROUTES)
+ROUTES: Sequence[ControllerRouterHandler] = (
+    *adjustment_routes.ROUTES,
+    *parked_routes.ROUTES,
+    *webhook_routes.ROUTES,
+)

@@ -183,6 +183,7 @@ def create_app(
         app.state.key_store = app.state.ingest.keys
         app.state.readiness = app.state.ingest.checks.readiness
         app.state.database = DatabasePool(settings.postgres)
+        app.state.settings = settings
         await app.state.key_store.open()
 
     async def stop(app: Litestar) -> None:

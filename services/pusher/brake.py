@@ -7,7 +7,8 @@ put the whole backlog in doubt.
 
 from __future__ import annotations
 
-from services.pusher.intents import Meaning, full_jitter
+from services.pusher.intents import Meaning
+from services.wire.waits import full_jitter
 
 BAD_IN_A_ROW_MAX = 10
 PAUSE_BASE_SECONDS = 1.0

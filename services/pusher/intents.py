@@ -19,6 +19,7 @@ from types import MappingProxyType
 from services.wire.codec import Record
 from services.wire.errors import require
 from services.wire.times import instant
+from services.wire.waits import full_jitter
 
 AMOUNT_SCALE = 9
 _EXACT = Context(prec=60, traps=[Inexact])
@@ -246,12 +247,6 @@ def judge(
 
 def _tolerance(expected: Decimal) -> Decimal:
     return max(Decimal(1).scaleb(-AMOUNT_SCALE) / 2, abs(expected) * Decimal("1e-13"))
-
-
-def full_jitter(attempts: int, chance: float, *, base_seconds: float, cap_seconds: float) -> float:
-    """Seconds to wait after ``attempts`` failures; ``chance`` is uniform in [0, 1)."""
-    ceiling = min(cap_seconds, base_seconds * 2.0 ** min(attempts - 1, 40))
-    return max(0.05, chance * ceiling)
 
 
 @dataclass(frozen=True, slots=True)

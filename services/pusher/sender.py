@@ -37,7 +37,6 @@ from services.pusher.intents import (
     Shown,
     State,
     Verdict,
-    full_jitter,
     given_back,
     settlement_of,
 )
@@ -48,6 +47,7 @@ from services.streaming.faults import fault_point
 from services.streaming.observe import Status
 from services.wire import metrics
 from services.wire.settings import Settings
+from services.wire.waits import full_jitter
 
 log = structlog.get_logger(__name__)
 

@@ -75,8 +75,11 @@ class Encoder:
 class Decoder:
     """Reads framed values. Thread-safe."""
 
-    def __init__(self, schema_ids: SchemaIds = _no_registry) -> None:
+    def __init__(
+        self, schema_ids: SchemaIds = _no_registry, *, value_bytes_max: int = VALUE_BYTES_MAX
+    ) -> None:
         self._schema_ids = schema_ids
+        self._value_bytes_max = value_bytes_max
         self._fingerprints = by_fingerprint()
         self._prefixes = {
             SINGLE_OBJECT_MAGIC + fingerprint: (shape_of(schema), _reader(schema), _bytes_max(schema))

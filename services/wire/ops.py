@@ -11,6 +11,9 @@ from typing import Final
 #: Header of a record on the ops topic, so that a reader or a relay knows its name without decoding.
 NAME_HEADER: Final = "tidemeter-ops-name"
 
+#: Whose outbox holds what is told of webhooks: the process that handles them relays it.
+DISPATCHER: Final = "tidemeter-dispatcher"
+
 NAMES: Final = frozenset(
     {
         # counters

@@ -58,7 +58,7 @@ class Engine:
         """The ops events of one run."""
         with self.db.transaction():
             rows = HANDLERS[event.event_type].apply(self.db, event, None, event.created_at)
-            enqueue(self.db, "tidemeter-webhooks", list(rows))
+            enqueue(self.db, "tidemeter-dispatcher", list(rows))
         return [unframe("ops_event", 1, row.value) for row in rows]
 
     def tell(self, event_type: str, data: Mapping[str, Any], **fields: Any) -> list[Object]:

@@ -17,8 +17,8 @@ from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.stripe_stream import StripeStreamSink
 from services.stripe_simulator import SimulatorConfig
 from services.webhooks.handlers import product_handlers
-from services.webhooks.handlers.meter_errors import GROUP
 from services.webhooks.handling import Refused, WebhookEvent
+from services.wire.ops import DISPATCHER
 from tests.integration.pushing import KEY, World, delta, open_world, settled, until
 from tests.integration.test_webhook_handlers import damaged
 from tests.oracle import unframe
@@ -93,7 +93,7 @@ def handle(world: World, event: WebhookEvent, times: int = 1) -> None:
 
 
 def ops(world: World) -> list[dict[str, Any]]:
-    rows = world.sql("SELECT value FROM outbox WHERE producer = %s ORDER BY outbox_id", (GROUP,))
+    rows = world.sql("SELECT value FROM outbox WHERE producer = %s ORDER BY outbox_id", (DISPATCHER,))
     return [unframe("ops_event", 1, bytes(row[0])) for row in rows]
 
 

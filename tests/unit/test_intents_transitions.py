@@ -25,7 +25,6 @@ from services.pusher.intents import (
     State,
     Verdict,
     expired_because,
-    full_jitter,
     given_back,
     intent_of,
     judge,
@@ -35,6 +34,7 @@ from services.pusher.intents import (
 )
 from services.wire.decimals import plain
 from services.wire.errors import Broken
+from services.wire.waits import full_jitter
 from upcasters.usage_delta_v1_to_v2 import upcast
 
 NOW = datetime(2026, 3, 10, 12, tzinfo=UTC)

@@ -16,12 +16,12 @@ import structlog
 
 from services.webhooks.handlers.reading import Object, at, code, objects
 from services.webhooks.handling import Connection, FailReported, Handler, Refused, WebhookEvent
+from services.wire.ops import DISPATCHER
 from services.wire.records import OutboxRow
 
 log = structlog.get_logger(__name__)
 
-#: Consumer group of this service: whose outbox the ops events of failed intents go to.
-GROUP = "tidemeter-webhooks"
+#: What ops events say who told.
 SOURCE = "webhook"
 
 _TYPES = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found")
@@ -43,7 +43,7 @@ def handlers(fail_reported: FailReported) -> list[Handler]:
         for identifier, reason in named:
             if identifier is not None and reason is not None:
                 codes.setdefault(identifier, reason)
-        failed = fail_reported(db, codes, source=SOURCE, now=now, producer=GROUP) if codes else []
+        failed = fail_reported(db, codes, source=SOURCE, now=now, producer=DISPATCHER) if codes else []
         log.warning(
             "meter errors reported",
             event_id=event.event_id,
