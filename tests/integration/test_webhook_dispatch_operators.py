@@ -21,9 +21,9 @@ from services.ingest.app import create_app
 from services.web.keys import KeyStore, PostgresKeyRows
 from services.wire.settings import Settings
 from services.wire.topics import DEAD_LETTERS
+from tests.integration.console import NoKafka
 from tests.integration.dispatching import Desk, planted, snapshot
 from tests.integration.ingest_serving import new_key
-from tests.integration.test_adjustments_api import NoKafka
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
