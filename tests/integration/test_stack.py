@@ -204,7 +204,9 @@ def test_what_stripe_tells_becomes_state_and_ops_events(stack: Stack, api_key: s
         timeout=30,
     ).json()
     simulate(
-        stack, "charges", {"customer": made["id"], "amount": 900, "currency": "eur", "failure_code": "no"}
+        stack,
+        "charges",
+        {"customer": made["id"], "amount": 900, "currency": "eur", "failed": "card_declined"},
     )
     good = simulate(stack, "charges", {"customer": made["id"], "amount": 5000, "currency": "eur", "fee": 175})
     simulate(stack, "refunds", {"charge": good["id"], "amount": 2000})
@@ -212,6 +214,7 @@ def test_what_stripe_tells_becomes_state_and_ops_events(stack: Stack, api_key: s
     portal = {"id": "cs_1", "object": "checkout.session", "url": PLANTED_URL, "customer": made["id"]}
     simulate(stack, "events", {"type": "checkout.session.completed", "object": portal})
     deliver_webhooks(stack)
+    wait_for(stack, "ops events are on Kafka", lambda now: not now["waiting"]["outbox"])
     told = {one["name"]: one for one in ops_events(stack)}
     assert told["charge_failed"]["attributes"]["customer_id"] == made["id"]
     assert (told["revenue_loss"]["attributes"]["amount"], told["revenue_loss"]["attributes"]["reason"]) == (
@@ -255,7 +258,7 @@ def test_what_the_stream_rejects_later_fails_by_the_report_and_can_be_retried(
     assert now["deltas"]["reported"]["count"]
     shown = json.loads(tidemeter(stack, "meter-events", "show", newest, "--json"))
     assert (shown["state"], shown["error_code"]) == ("failed", "meter_event_invalid_value")
-    tidemeter(stack, "meter-events", "retry", "--tenant", "acme", "--yes")
+    tidemeter(stack, "meter-events", "retry", "--tenant", "acme")
     wait_for(
         stack, "the retry is reported", lambda now: not now["waiting"]["items_to_close"] and at_stripe(stack)
     )
