@@ -14,6 +14,7 @@ from schemas.catalog import check_catalog
 from services.streaming import outbox
 from services.streaming.database import Database
 from services.streaming.observe import Health, Status, serve_observation
+from services.streaming.redriving import Redrives, redrive_forever
 from services.streaming.worker import Worker, crash
 from services.upkeep import cards, dunning, fees, pruning, sending
 from services.upkeep.asking import StripeReader
@@ -24,7 +25,7 @@ from services.upkeep.smtp import MailServer
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
 from services.wire.topics import OPS
-from upcasters.chain import check_chain, upcasters
+from upcasters.chain import check_chain, revision, upcasters
 
 log = structlog.get_logger(__name__)
 
@@ -135,7 +136,12 @@ async def run(settings: Settings) -> None:
         jobs.mail(mailing)
         handler = Notices(decoder_for(settings), chain, mailing.names)
         worker = Worker(settings, group=GROUP, topics=[OPS], handler=handler, health=health)
-        await worker.run(*jobs.loops)
+        redrives = Redrives(GROUP, handler.retry, tried_with=revision())
+        await worker.run(
+            *jobs.loops,
+            lambda: outbox.relay_forever(settings, GROUP),
+            lambda: redrive_forever(settings, redrives),
+        )
 
 
 def _off(health: Health, name: str, reason: str) -> None:

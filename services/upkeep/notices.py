@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import datetime
 
-import structlog
-
-from services.streaming import breaker, offsets, outbox
-from services.streaming.chunks import Chunk, RawRecord
-from services.streaming.worker import Applied
+from services.streaming import offsets
+from services.streaming.chunks import RawRecord
+from services.streaming.recording import Found, Recorder
 from services.upkeep.mails import Notice
 from services.wire.codec import Decoder
-from services.wire.errors import OffsetGap, Poison, Undecodable, UnknownSchema, require
+from services.wire.errors import Undecodable, UnknownSchema
 from services.wire.ops import NAME_HEADER
-from services.wire.records import OutboxRow, Source, header_texts, parked_record
 from services.wire.times import instant
-from services.wire.topics import DEAD_LETTERS
 from upcasters.chain import InvalidAfterUpcast, MissingUpcaster, UpcasterFailed, Upcasters
-
-log = structlog.get_logger(__name__)
 
 GROUP = "tidemeter-notifier"
 
@@ -33,42 +28,36 @@ _INSERT = """
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Noticed:
-    """A chunk of ops.v1: what makes a mail, by index, and why the rest could not be read."""
+class Notices(Recorder[Notice]):
+    """The chunk handler. An ops event that was relayed twice is one notification.
 
-    chunk: Chunk
-    notices: dict[int, Notice]
-    refused: dict[int, Poison]
+    What cannot be read is parked without telling anybody: that would be an ops event about an ops event.
+    """
 
-
-class Notices:
-    """The chunk handler. An ops event that was relayed twice is one notification."""
+    group = GROUP
 
     def __init__(self, decoder: Decoder, upcasters: Upcasters, names: frozenset[str]) -> None:
+        super().__init__()
         self._decoder = decoder
         self._upcasters = upcasters
         self._names = names
 
-    def prepare(self, chunk: Chunk) -> Noticed:
-        """Decode what makes a mail; the header says which without decoding."""
-        notices: dict[int, Notice] = {}
-        refused: dict[int, Poison] = {}
-        for index, raw in enumerate(chunk.records):
-            header = dict(raw.headers or ()).get(NAME_HEADER)
-            if header is not None and header.decode("utf-8", "replace") not in self._names:
-                continue
-            try:
-                notice = self._notice(raw)
-                if notice.name in self._names:
-                    notices[index] = notice
-            except (OverflowError, ValueError, ArithmeticError) as error:
-                refused[index] = Undecodable("invalid_ops_event", type(error).__name__)
-            except (MissingUpcaster, UpcasterFailed, InvalidAfterUpcast) as error:
-                refused[index] = Undecodable("upcaster_error", type(error).__name__)
-            except Poison as error:
-                refused[index] = error
-        return Noticed(chunk, notices, refused)
+    def read(self, raw: RawRecord) -> Notice | None:
+        """What makes a mail; the header says which without decoding.
+
+        Raises:
+            Poison: it is no ops event.
+        """
+        header = dict(raw.headers or ()).get(NAME_HEADER)
+        if header is not None and header.decode("utf-8", "replace") not in self._names:
+            return None
+        try:
+            notice = self._notice(raw)
+        except (OverflowError, ValueError, ArithmeticError) as error:
+            raise Undecodable("invalid_ops_event", type(error).__name__) from None
+        except (MissingUpcaster, UpcasterFailed, InvalidAfterUpcast) as error:
+            raise Undecodable("upcaster_error", type(error).__name__) from None
+        return notice if notice.name in self._names else None
 
     def _notice(self, raw: RawRecord) -> Notice:
         schema, record = self._decoder.decode(raw.value or b"")
@@ -85,37 +74,9 @@ class Notices:
             happened_at=instant(record["at"]),
         )
 
-    def apply(self, db: offsets.Connection, prepared: Noticed) -> Applied:
-        """Store the notifications and move the position, in one transaction.
-
-        Raises:
-            OffsetGap: the chunk begins above the stored position.
-        """
-        chunk = prepared.chunk
-        with db.transaction():
-            position = offsets.lock_position(db, GROUP, chunk.partition)
-            require(position is not None, f"no position for {chunk.partition}")
-            assert position is not None  # noqa: S101  (for the type checker; require() is the check)
-            if position.halted is not None:
-                return Applied(position.next_offset, halted=position.halted)
-            if chunk.next_offset <= position.next_offset:
-                return Applied(position.next_offset, redelivered=True)
-            if chunk.first_offset > position.next_offset:
-                raise OffsetGap(f"{chunk.partition} is at {position.next_offset}")
-            fresh = [i for i, raw in enumerate(chunk.records) if raw.offset >= position.next_offset]
-            parked, trip = breaker.feed(
-                position.parked_offsets, (chunk.records[i].offset for i in fresh if i in prepared.refused)
-            )
-            taken = [i for i in fresh if trip is None or chunk.records[i].offset < trip]
-            record_notices(db, [prepared.notices[i] for i in taken if i in prepared.notices])
-            rows = [_parked(chunk, i, prepared.refused[i]) for i in taken if i in prepared.refused]
-            outbox.enqueue(db, GROUP, rows)
-            next_offset = chunk.next_offset if trip is None else trip
-            offsets.advance(db, GROUP, chunk.partition, next_offset, parked)
-            halted = None if trip is None else "too_many_parked"
-            if halted is not None:
-                offsets.halt(db, GROUP, chunk.partition, halted)
-        return Applied(next_offset, outbox_rows=len(rows), halted=halted)
+    def store(self, db: offsets.Connection, found: Sequence[Found[Notice]], now: datetime) -> None:
+        """As notifications."""
+        record_notices(db, [one.record for one in found])
 
 
 def record_notices(db: offsets.Connection, notices: list[Notice]) -> None:
@@ -132,20 +93,6 @@ def record_notices(db: offsets.Connection, notices: list[Notice]) -> None:
             strict=True,
         )
         db.execute(_INSERT, [list(column) for column in columns])
-
-
-def _parked(chunk: Chunk, index: int, error: Poison) -> OutboxRow:
-    raw, tp = chunk.records[index], chunk.partition
-    return parked_record(
-        DEAD_LETTERS,
-        Source(tp.topic, tp.partition, raw.offset, raw.timestamp),
-        raw.value or b"",
-        reason=error.reason,
-        stage="decode",
-        error_class=type(error).__name__,
-        service=GROUP,
-        original_headers=header_texts(raw.headers),
-    )
 
 
 def _storable(text: str) -> str:
