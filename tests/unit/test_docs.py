@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from prometheus_client.metrics import MetricWrapperBase
 from services.cli.main import app
 from services.streaming import faults
 from services.wire import metrics
+from services.wire.ops import NAMES
 from services.wire.settings import PREFIX, Settings
 from services.wire.topics import plan_topics
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")])
 SOURCES = [path for part in ("services", "upcasters") for path in (ROOT / part).rglob("*.py")]
 #: Files that a page tells the reader to write.
 PLACEHOLDER = re.compile(r"N_to_v|NNNN|v4|<")
@@ -101,12 +104,21 @@ def test_every_variable_that_a_page_or_a_deployment_sets_is_read_somewhere() -> 
 
 
 def test_the_operations_page_lists_every_metric() -> None:
-    text = page("docs/operations.md")
+    text = page("docs/operations/README.md")
     missing = [name for name in exposed_names() if not name.endswith(("_bucket", "_sum", "_count"))]
     assert not [name for name in missing if f"`{name}`" not in text]
 
 
-@pytest.mark.parametrize("name", ["deploy/prometheus/alerts.yaml", "deploy/RUNBOOK.md", "docs/operations.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deploy/prometheus/alerts.yaml",
+        "deploy/RUNBOOK.md",
+        "docs/operations/README.md",
+        "docs/operations/ops-events.md",
+        "docs/operations/queues.md",
+    ],
+)
 def test_every_series_that_is_asked_for_is_exposed(name: str) -> None:
     asked = set(re.findall(r"\b((?:tidemeter|http)_[a-z_]+)\b(?=[\[{)` ]|$)", page(name), re.MULTILINE))
     series = {one for one in asked if not one.startswith("http_p")}
@@ -114,23 +126,144 @@ def test_every_series_that_is_asked_for_is_exposed(name: str) -> None:
     assert series - exposed_names() <= {"tidemeter_up"}
 
 
-def test_every_alert_rule_has_a_first_action_and_every_first_action_a_rule() -> None:
+def rules() -> dict[str, dict[str, Any]]:
     document = yaml.safe_load(page("deploy/prometheus/alerts.yaml"))
-    rules = {
-        rule["alert"]: rule["labels"]["severity"] for group in document["groups"] for rule in group["rules"]
+    found = [rule for group in document["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in found}) == len(found)
+    return {rule["alert"]: rule for rule in found}
+
+
+def told_by(rule: dict[str, Any]) -> set[str]:
+    """The ops events that a rule asks for."""
+    asked = re.findall(r'tidemeter_ops_events_total\{name=~?"([^"]+)"', rule["expr"])
+    return {name for names in asked for name in names.split("|")}
+
+
+def ops_sections() -> dict[str, dict[str, str]]:
+    """Of each name its fields, each in one line."""
+    found = {}
+    for name, body in re.findall(
+        r"^### `([\w.]+)`\n(.*?)(?=^##|\Z)", page("docs/operations/ops-events.md"), re.DOTALL | re.MULTILINE
+    ):
+        assert name not in found
+        fields = re.findall(r"^\* \*\*([\w ]+):\*\* (.+?)(?=^\* |\Z)", body, re.DOTALL | re.MULTILINE)
+        found[name] = {field: " ".join(text.split()) for field, text in fields}
+    return found
+
+
+def literals_beside(names: frozenset[str]) -> dict[str, set[str]]:
+    """Each of ``names`` that a source writes, and every literal in the packages that do.
+
+    Catalogue, choice of mails and simulator do not count: what stands nowhere else is told by nobody.
+    """
+    catalogues = (ROOT / "services/wire/ops.py", ROOT / "services/upkeep/mails.py")
+    texts = {
+        path: {one.value for one in ast.walk(tree(path)) if isinstance(one, ast.Constant) and one.value}
+        for path in SOURCES
+        if path not in catalogues and "stripe_simulator" not in path.parts
     }
+    return {
+        name: set().union(*(texts[path] for path in texts if path.parent in packages))
+        for name in names
+        if (packages := {path.parent for path in texts if name in texts[path]})
+    }
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_alert_rule_has_a_first_action_and_every_first_action_a_rule() -> None:
     rows = dict(re.findall(r"^\| `(Tidemeter\w+)` \| (\w+) \|", page("deploy/ALERTS.md"), re.MULTILINE))
-    assert rows == rules
+    assert rows == {name: rule["labels"]["severity"] for name, rule in rules().items()}
 
 
-def test_every_ops_event_has_a_first_action() -> None:
-    written: set[str] = set()
+def test_every_alert_leads_to_its_section_of_the_runbook() -> None:
+    known = anchors(page("deploy/RUNBOOK.md"))
+    for name, rule in rules().items():
+        file, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert (file, anchor in known) == ("deploy/RUNBOOK.md", True), name
+        assert rule["annotations"]["summary"]
+
+
+def test_every_ops_event_has_a_first_action_and_every_first_action_an_ops_event() -> None:
+    table = page("deploy/ALERTS.md").partition("## Alerts on metrics")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| [\w, ]+ \|", table, re.MULTILINE)
+    assert sorted(rows) == sorted(NAMES)
+
+
+def test_every_ops_event_has_a_whole_section_and_every_section_an_ops_event() -> None:
+    fields = [
+        "Means",
+        "Source and subject",
+        "Attributes",
+        "Told once per",
+        "Alert",
+        "First action",
+        "At Stripe",
+    ]
+    sections = ops_sections()
+    assert sorted(sections) == sorted(NAMES)
+    assert not [name for name, section in sections.items() if list(section) != fields]
+
+
+def test_every_ops_event_that_wants_somebody_has_an_alert_and_its_section_names_it() -> None:
+    known = rules()
+    assert not {name for rule in known.values() for name in told_by(rule)} - NAMES
+    for name, section in ops_sections().items():
+        named = dict(re.findall(r"`(Tidemeter\w+)` \((\w+)\)", section["Alert"]))
+        asked = {alert for alert, rule in known.items() if name in told_by(rule)}
+        assert named or section["Alert"] == "none", name
+        assert asked <= named.keys(), name
+        assert bool(asked) == bool(named), name
+        assert named.items() <= {alert: rule["labels"]["severity"] for alert, rule in known.items()}.items()
+
+
+def test_every_ops_event_is_told_by_somebody_and_nobody_tells_another() -> None:
+    assert literals_beside(NAMES).keys() == NAMES
+    told: set[str] = set()
     for path in SOURCES:
-        calls = re.findall(r"ops_event\(\s*((?:\"\w+\"(?: if \w+ else )?)+)", path.read_text())
-        written |= {name for call in calls for name in re.findall(r'"(\w+)"', call)}
-    assert len(written) >= 6
-    rows = set(re.findall(r"^\| `(\w+)` \| [\w, ]+ \|", page("deploy/ALERTS.md"), re.MULTILINE))
-    assert written <= rows
+        for node in ast.walk(tree(path)):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") in ("ops_event", "told")
+                and node.args
+            ):
+                told |= {
+                    one.value
+                    for one in ast.walk(node.args[0])
+                    if isinstance(one, ast.Constant) and isinstance(one.value, str)
+                }
+    assert len(told) > 15
+    assert told <= NAMES
+
+
+def test_every_attribute_of_an_ops_event_is_one_that_its_code_writes() -> None:
+    """Attributes stand before their explanation, which is in brackets."""
+    beside = literals_beside(NAMES)
+    by_webhook = {"account"}  # of every event that a webhook told
+    for name, section in ops_sections().items():
+        listed = set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", section["Attributes"])))
+        assert listed or name == "parked_redriven"
+        assert listed <= beside[name] | by_webhook, name
+
+
+def test_every_attribute_that_is_written_beside_the_name_is_listed() -> None:
+    listed = {name: set(re.findall(r"`(\w+)`", one["Attributes"])) for name, one in ops_sections().items()}
+    seen = 0
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "ops_event":
+                continue
+            names = [one.value for one in ast.walk(node.args[0]) if isinstance(one, ast.Constant)]
+            given = next((one.value for one in node.keywords if one.arg == "attributes"), None)
+            keys = given.keys if isinstance(given, ast.Dict) else []
+            written = {key.value for key in keys if isinstance(key, ast.Constant)}
+            for name in names:
+                assert written <= listed[name], name
+                seen += bool(written)
+    assert seen > 10
 
 
 def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None:
