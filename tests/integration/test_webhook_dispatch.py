@@ -148,7 +148,7 @@ def test_what_is_no_event_is_parked_as_it_came_and_told_of_once(
     [parked] = desk.outbox("dead_letters.v1")
     assert parked["value"] == value
     assert parked["tidemeter-error-reason"] == reason
-    assert parked["tidemeter-error-offset"] == "0"
+    assert parked["__connect.errors.offset"] == "0"
     [told] = desk.outbox()
     assert (told["name"], told["attributes"]) == ("webhook_dead_lettered", {"reason": reason})
 
@@ -306,7 +306,7 @@ def test_a_handler_that_fails_goes_dead_after_its_attempts_with_one_event_and_on
     }
     [parked] = desk.outbox("dead_letters.v1")
     assert b'"evt_1"' in parked["value"]
-    assert (parked["tidemeter-error-topic"], parked["tidemeter-error-offset"]) == (TOPIC, "0")
+    assert (parked["__connect.errors.topic"], parked["__connect.errors.offset"]) == (TOPIC, "0")
     assert parked["tidemeter-error-event-id"] == "evt_1"
     assert "secret" not in str(desk.query("SELECT value, headers FROM outbox")) + str(
         desk.query("SELECT error_class, error_code FROM webhook_runs")
