@@ -149,7 +149,8 @@ class Intents:
             halted = None if trip is None else "too_many_parked"
             if halted is not None:
                 offsets.halt(db, GROUP, chunk.partition, halted)
-        return Applied(next_offset, outbox_rows=len(rows), halted=halted)
+        redelivered = len(fresh) < len(chunk.records)
+        return Applied(next_offset, outbox_rows=len(rows), halted=halted, redelivered=redelivered)
 
 
 def _parked(chunk: Chunk, index: int, error: Poison) -> list[OutboxRow]:

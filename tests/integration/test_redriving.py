@@ -228,6 +228,16 @@ def test_the_time_a_record_waited_makes_it_no_later_but_what_was_too_late_stays_
     assert [row[0] for row in books.adjustments()] == ["too late"]
 
 
+def test_brokers_whose_clock_is_ahead_shorten_no_lateness_window(books: Books) -> None:
+    """Tried again at a time before its own arrival, as this clock has it."""
+    books.count(books.use("k1", "2026-03-08T12:00", meter="pigeons"))
+    books.meter("pigeons")
+    books.count(books.use("k2", NOON, meter="pigeons"))
+    books.now = "2026-03-10T11:59"
+    assert redrive(books) == {"counted": 1}
+    assert books.outcomes() == {"counted": 1, "late_counted": 1}
+
+
 def test_a_record_older_than_keys_are_kept_waits_for_a_person(books: Books) -> None:
     """Its key may have been counted and forgotten while it was parked."""
     books.count(books.use("k1", NOON, meter="pigeons"))
