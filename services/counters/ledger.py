@@ -290,7 +290,7 @@ def decide(
         watermark, arrival_us = item.watermark, records[index].timestamp * 1000
         lateness_us = item.meter.lateness_us
         if redriven_us is not None:
-            lateness_us += redriven_us - arrival_us
+            lateness_us += max(0, redriven_us - arrival_us)  # the brokers' clock may be ahead of this one
             arrival_us = redriven_us
         arrival = classify(occurred, watermark, lateness_us, arrival_us, age_max_us)
         if arrival is Arrival.ON_TIME:

@@ -78,7 +78,7 @@ def _bundled(rows: Sequence[OutboxRow]) -> Iterator[bytes]:
     size = 0
     for row in rows:
         bundle.append((row.topic, row.key, row.value, row.headers))
-        size += len(row.value) + 500  # with headers, about
+        size += len(row.value) + sum(map(len, row.headers.values())) + 300  # with the names of headers, about
         if size >= BUNDLE_BYTES:
             yield _encode_bundle(bundle)
             bundle, size = [], 0

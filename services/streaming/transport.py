@@ -110,7 +110,11 @@ class ChunkConsumer(driver.Consumer):  # type: ignore[misc]
         """Gaps are judged against the stored position, in the transaction."""
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
-        return (tp for tp in list(self._settled) if topics is None or tp in topics or tp.topic in topics)
+        """What is settled of our partitions: one that moved away meanwhile is for its new owner to commit."""
+        ours = self.assignment() if self._settled else set()
+        return (
+            tp for tp in ours & self._settled.keys() if topics is None or tp in topics or tp.topic in topics
+        )
 
     def _new_offset(self, tp: TP) -> int | None:
         return self._settled.get(tp)
@@ -133,6 +137,7 @@ class ChunkConsumer(driver.Consumer):  # type: ignore[misc]
 
     def forget_commit(self, tp: TP) -> None:
         """The group's offset is wrong: let the next settled one be committed even if it is lower."""
+        self._settled.pop(tp, None)
         self._committed_offset.pop(tp, None)
 
     def committed_offsets(self) -> Mapping[TP, int | None]:

@@ -135,6 +135,7 @@ class Worker(Generic[P]):
         self._relay_database = Database(settings.postgres(), f"{group}-relay")
         self._in_flight: asyncio.Task[None] | None = None
         self._unsettled: deque[_Unsettled] = deque()
+        self._unsure = False  # whether rows may wait of records that do not come again: see `_finish`
         self._applied = asyncio.Event()
         self._settled = asyncio.Event()
         self._halted: dict[Partition, str] = {}
@@ -234,6 +235,7 @@ class Worker(Generic[P]):
                     await asyncio.wait({self._in_flight})
                 await self._until_settled(0)
         if self._in_flight is not None and not self._in_flight.done():
+            self._unsure = True  # a chunk behind it may be under way, and be settled without it
             self._in_flight.cancel()
 
     async def _finish(self, chunk: Chunk, prepared: P) -> None:
@@ -248,13 +250,18 @@ class Worker(Generic[P]):
             crash("chunk failed", error)
         if chunk.partition in self._assigned:
             self._positions[chunk.partition] = applied.next_offset
-        parked = bool(applied.outbox_rows or applied.redelivered)
-        self._unsettled.append(_Unsettled(chunk.partition, applied.next_offset, parked))
-        self._applied.set()
+        # A partition was halted by whoever had it, perhaps with rows that it never relayed.
+        parked = bool(applied.outbox_rows or applied.redelivered or applied.halted is not None)
+        parked, self._unsure = parked or self._unsure, False
+        self._to_settle(chunk.partition, applied.next_offset, parked=parked)
         if applied.halted is not None:
             self._stop_partition(chunk.partition, applied.halted)
         if self.after_apply is not None:
             self.after_apply()
+
+    def _to_settle(self, tp: Partition, next_offset: int, *, parked: bool) -> None:
+        self._unsettled.append(_Unsettled(tp, next_offset, parked))
+        self._applied.set()
 
     async def _settle(self) -> None:
         """Let the group commit what is done, chunk by chunk, once Kafka has what these chunks have parked."""
@@ -376,6 +383,7 @@ class Worker(Generic[P]):
                 if tp in positions and positions[tp].halted is None:
                     metrics.HALTED.labels(tp.topic, str(tp.partition), self._halted.pop(tp)).set(0)
                     self._sought.pop(tp, None)
+                    self._unsure = True
                     await self._seek(tp, positions[tp].next_offset)
                     self.consumer.resume_partitions({TP(*tp)})
                     log.info("partition resumed", topic=tp.topic, partition=tp.partition)
@@ -440,7 +448,8 @@ class Worker(Generic[P]):
                         partition=tp.partition,
                     )
                 consumer.forget_commit(TP(*tp))
-                consumer.settle(tp, position.next_offset)  # so that every lag tool can tell
+                # So that every lag tool can tell. What is below does not come again, to be relayed for.
+                self._to_settle(tp, position.next_offset, parked=True)
                 await self._seek(tp, position.next_offset)
             if position.halted is not None:
                 self._stop_partition(tp, position.halted)

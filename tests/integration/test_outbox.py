@@ -96,3 +96,36 @@ def test_more_packs_than_one_transaction_takes_all_leave(
     outbox.enqueue_packed(db, "us", "deltas", HEADERS, RECORDS)
     assert outbox.relay_packs(db, "us", kafka) == len(RECORDS)
     assert [(key, value) for _, key, value, _ in kafka.records] == RECORDS
+
+
+def test_many_records_share_rows_and_leave_whole_in_their_order(db: Database) -> None:
+    """Values of no bytes and of a mebibyte, without keys, and headers of any text."""
+    odd = {"tidemeter-schema": "usage_event/3", "tr\u00e9s": 'a "quote", a \\, a \t and \u20ac', "empty": ""}
+    many = [
+        OutboxRow(
+            f"t{n % 2}", None if n % 3 else b"\x00key", b"\x00\xff" * (n * 7 % 999), odd if n % 5 else {}
+        )
+        for n in range(300)
+    ]
+    many[10] = OutboxRow("t0", b"large", bytes(1024 * 1024))
+    kafka = Brokers()
+    outbox.enqueue(db, "us", many[:200])
+    outbox.enqueue(db, "us", many[200:201])  # a row of its own between two bundles
+    outbox.enqueue(db, "us", many[201:])
+    assert rows(db) < len(many) / 5
+    assert outbox.relay(db, "us", kafka) == len(many)
+    assert kafka.records == [
+        (one.topic, one.key, one.value, {name: text.encode() for name, text in one.headers.items()})
+        for one in many
+    ]
+    assert rows(db) == 0
+
+
+def test_large_headers_make_a_bundle_no_larger_than_one_record_more(db: Database) -> None:
+    """A relay takes hundreds of rows at once."""
+    large = {"baggage": "x" * 100_000}
+    outbox.enqueue(db, "us", [OutboxRow("t", None, b"", large)] * outbox.BUNDLE_FROM)
+    found = db.execute("SELECT max(octet_length(value)) FROM outbox").fetchone()
+    assert found is not None
+    assert found[0] < outbox.BUNDLE_BYTES + 110_000
+    db.execute("DELETE FROM outbox WHERE producer = 'us'")

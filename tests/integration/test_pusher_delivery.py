@@ -24,9 +24,9 @@ import psycopg
 import pytest
 from aiohttp import web
 
-from schemas.catalog import released
+from schemas.catalog import current, released
 from services.pusher import delivery, journal
-from services.pusher.agent import Intents
+from services.pusher.agent import GROUP, Intents
 from services.pusher.intents import (
     Answer,
     Claim,
@@ -41,6 +41,7 @@ from services.pusher.sender import Sender, SenderConfig
 from services.pusher.sinks import Call, Sink
 from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.webhook import WebhookSink
+from services.streaming import offsets
 from services.streaming.chunks import Chunk, Partition
 from services.streaming.database import TRANSIENT_ERRORS
 from services.stripe_simulator import SimulatorConfig
@@ -65,6 +66,7 @@ from tests.integration.pushing import (
     this_hour,
     until,
 )
+from tests.records import Raw
 from upcasters.chain import upcasters
 
 # -- Delivery ----------------------------------------------------------------------------------------
@@ -746,6 +748,24 @@ def test_deltas_of_every_released_version_are_read_and_nothing_else(world: World
     assert world.sql(
         "SELECT stripe_customer, dimensions, formula, push_before IS NULL FROM meter_events ORDER BY 1"
     ) == [("cus_1", {}, "sum", True), ("cus_2", {"region": "eu"}, "last", False)]
+
+
+def test_a_chunk_that_was_partly_stored_before_is_relayed_for_before_it_is_settled(world: World) -> None:
+    """Whoever stored its first record may have been killed before Kafka had what it parked."""
+    tp = Partition("deltas.v1", 0)
+    values = [b"garbage", Encoder(current("usage_delta")).encode(delta("cus_1", "1"))]
+    raw = [Raw(n, value) for n, value in enumerate(values)]
+    intents = Intents(Decoder(), upcasters())
+    with psycopg.connect(world.dsn, autocommit=True) as db:
+        db.execute("DELETE FROM partition_offsets WHERE consumer = %s", (GROUP,))
+        db.execute("DELETE FROM parked_records WHERE service = %s", (GROUP,))
+        offsets.ensure_positions(db, GROUP, {tp: 0})
+        first = intents.apply(db, intents.prepare(Chunk(tp, raw[:1])))
+        assert (first.next_offset, first.outbox_rows, first.redelivered) == (1, 2, False)
+        both = intents.apply(db, intents.prepare(Chunk(tp, raw)))
+        assert (both.next_offset, both.outbox_rows, both.redelivered) == (2, 0, True)
+        db.execute("DELETE FROM parked_records WHERE service = %s", (GROUP,))
+        db.execute("DELETE FROM partition_offsets WHERE consumer = %s", (GROUP,))
 
 
 # -- Meters whose formula is last --------------------------------------------------------------------
