@@ -21,9 +21,9 @@ from services.ingest.app import create_app
 from services.web.keys import KeyStore, PostgresKeyRows
 from services.wire.settings import Settings
 from services.wire.topics import DEAD_LETTERS
+from tests.integration.console import NoKafka
 from tests.integration.dispatching import Desk, planted, snapshot
 from tests.integration.ingest_serving import new_key
-from tests.integration.test_adjustments_api import NoKafka
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -404,3 +404,10 @@ def test_old_webhooks_are_pruned_by_http(desk: Desk, client: TestClient[Litestar
         answer = client.post("/v1/webhooks/prune", json={"dryRun": dry}, headers=key)
         assert answer.json() == {"events": 3, "runs": 3, "subjects": 0, "dryRun": dry}
         assert len(kept(desk)) == left
+
+
+def test_nothing_is_forgotten_while_stripe_may_deliver_it_again(desk: Desk) -> None:
+    put(desk, 1, "succeeded", days=3.9, first=0)
+    put(desk, 1, "succeeded", days=4.1, first=1)
+    assert pruned(desk, 0, 0, dry_run=True) == pruned(desk, 0, 0) == (1, 1, 0)
+    assert kept(desk) == ["evt_00000"]
