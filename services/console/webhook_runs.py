@@ -35,6 +35,8 @@ REPLAY_BATCH = 100
 PRUNE_BATCH = 1000
 SUBJECTS_BATCH = 5000
 DAYS_MAX = 36_500
+#: Stripe delivers again for three days. What is forgotten before would be handled twice.
+DAYS_MIN = 4
 #: Nothing was settled before.
 NEVER = datetime.min.replace(tzinfo=UTC)
 
@@ -243,7 +245,7 @@ def _requeue(db: Connection, rows: Sequence[tuple[str, str]], now: datetime) -> 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long runs are kept once they are settled, in days; -1: for ever."""
+    """How long runs are kept once they are settled, in days, at least :data:`DAYS_MIN`; -1: for ever."""
 
     succeeded_days: int
     dead_days: int
@@ -257,7 +259,7 @@ class Retention:
         """Before when a run must have been settled to go."""
         days = {"succeeded": self.succeeded_days, "dead": self.dead_days}
         return {
-            name: NEVER if kept < 0 else now - timedelta(days=min(kept, DAYS_MAX))
+            name: NEVER if kept < 0 else now - timedelta(days=min(max(kept, DAYS_MIN), DAYS_MAX))
             for name, kept in days.items()
         }
 

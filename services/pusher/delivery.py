@@ -94,10 +94,11 @@ _DUE_KEYS = f"""
     """  # noqa: S608  constants only
 
 #: Stripe may tell that an invoice is final, or will be, earlier than closing took for granted. Asked when an
-#: intent is claimed, so that none can leave once that is known. A later moment counts for nothing.
+#: intent is claimed, so that none can leave once that is known, nor within the margin before it. A later
+#: moment counts for nothing.
 _PUSH_BEFORE = """
     CASE WHEN m.push_before IS NOT NULL THEN least(m.push_before, (
-        SELECT final_at FROM invoice_limits l
+        SELECT greatest(m.period_end, final_at - %(margin)s::interval) FROM invoice_limits l
         WHERE (l.stripe_customer, l.period_end) = (m.stripe_customer, m.period_end))) END AS push_before
     """
 _CLAIMED_COLUMNS = INTENT_COLUMNS.replace("push_before", _PUSH_BEFORE)
@@ -251,7 +252,12 @@ async def claim(
     async with session.transaction():
         cursor = await session.execute(
             _HEADS,
-            {"customers": [key[0] for key in keys], "event_names": [key[1] for key in keys], "now": now},
+            {
+                "customers": [key[0] for key in keys],
+                "event_names": [key[1] for key in keys],
+                "now": now,
+                "margin": policy.invoice_margin,
+            },
         )
         claims = [_claim_of(row, now, policy) for row in await cursor.fetchall()]
         if not claims:

@@ -140,6 +140,8 @@ class Policy:
     #: Stripe takes timestamps of the past 35 days up to 5 minutes ahead; a minute is left for the way.
     past_max: timedelta = timedelta(days=35) - timedelta(minutes=1)
     future_max: timedelta = timedelta(minutes=4)
+    #: No first call begins this close to the moment that Stripe told an invoice is final.
+    invoice_margin: timedelta = timedelta(minutes=5)
     backoff_base_seconds: float = 0.5
     backoff_cap_seconds: float = 300.0
 

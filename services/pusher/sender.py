@@ -87,6 +87,7 @@ class SenderConfig:
             rate_per_second=settings.stripe_rate_per_second,
             concurrency=settings.stripe_concurrency,
             call_timeout_seconds=settings.stripe_timeout_seconds,
+            policy=Policy(invoice_margin=timedelta(seconds=settings.close_margin_seconds)),
         )
 
     @property

@@ -19,7 +19,7 @@ from typing import Literal
 import psycopg
 import stripe
 
-from services.webhooks.handling import Refused
+from services.webhooks.handling import Refused, Unfinished
 from services.wire.settings import Settings
 from services.wire.waits import full_jitter
 
@@ -91,6 +91,8 @@ def failure_of(error: BaseException) -> Failure:
     """What may be told of an exception."""
     if isinstance(error, Refused):
         return Failure("Refused", code_text(error.code), is_final=True)
+    if isinstance(error, Unfinished):
+        return Failure("Unfinished", code_text(error.code))
     code: object = None
     if isinstance(error, stripe.StripeError):
         code = error.code or (f"http_{error.http_status}" if error.http_status else None)

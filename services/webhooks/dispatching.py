@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -28,10 +28,10 @@ from services.streaming.faults import fault_point
 from services.streaming.observe import Status
 from services.webhooks import store
 from services.webhooks.deciding import Failure, Policy, failure_of, is_stale, next_after
-from services.webhooks.handling import Connection, Handler, WebhookEvent
+from services.webhooks.handling import Connection, Handler, Unfinished, WebhookEvent
 from services.webhooks.own import BUILT_IN, Calls, UserHandler
 from services.webhooks.reading import event_of
-from services.webhooks.store import Claimed, Gone
+from services.webhooks.store import Claimed
 from services.webhooks.stripe_access import StripeAccess
 from services.wire import metrics
 from services.wire.errors import Transient, require
@@ -79,18 +79,27 @@ class Work(Protocol):
 
 
 class BuiltIn:
-    """The handlers of the product. Types that it has none for are done at once."""
+    """The handlers of the product. Types that it has none for are done at once.
+
+    So are snapshots of another mode than the key's: a Connect endpoint gets both, and what is tested is not
+    billed. A thin event tells nothing before it is fetched, which the key of another mode cannot.
+    """
 
     def __init__(self, handlers: Mapping[str, Handler], stripe_access: StripeAccess) -> None:
         self._handlers = handlers
         self._stripe = stripe_access
 
+    def _handler(self, event: WebhookEvent) -> Handler | None:
+        if not event.is_thin and self._stripe.livemode is (not event.livemode):
+            return None
+        return self._handlers.get(event.event_type)
+
     def first(self, event: WebhookEvent) -> Any:
-        handler = self._handlers.get(event.event_type)
+        handler = self._handler(event)
         return None if handler is None else handler.fetch(event, self._stripe.client(event))
 
     def then(self, db: Connection, event: WebhookEvent, found: Any, now: datetime) -> Sequence[OutboxRow]:
-        handler = self._handlers.get(event.event_type)
+        handler = self._handler(event)
         return () if handler is None else handler.apply(db, event, found, now)
 
     def heeds_order(self, event_type: str) -> bool:
@@ -261,10 +270,8 @@ class Lane:
         newest_at = store.newest_of(db, run) if self.work.heeds_order(run.facts.event_type) else None
         return is_stale(run.facts.created_at, newest_at)
 
-    def _settle(
-        self, db: Connection, run: Claimed, event: WebhookEvent, found: Any, stale: bool
-    ) -> Gone | Literal["superseded"]:
-        """The effect, and that it is done; or nothing, when another took the run over."""
+    def _settle(self, db: Connection, run: Claimed, event: WebhookEvent, found: Any, stale: bool) -> str:
+        """The effect, and that it is done or has to go on; or nothing, when another took the run over."""
         rows: Sequence[OutboxRow] = ()
         with db.transaction():
             if not store.is_mine(db, run):
@@ -274,7 +281,10 @@ class Lane:
             if not stale and sets_order:
                 stale = is_stale(run.facts.created_at, store.lock_newest(db, run))
             if not stale:
-                rows = self.work.then(db, event, found, now)
+                try:
+                    rows = self.work.then(db, event, found, now)
+                except Unfinished as error:
+                    return self._store_failure(db, run, failure_of(error))
                 outbox.enqueue(db, DISPATCHER, rows)
                 if sets_order:
                     store.remember_newest(db, run)

@@ -46,6 +46,14 @@ class Refused(Exception):
         self.code = code
 
 
+class Unfinished(Exception):
+    """What ``apply`` did stays done, but not all of it could be yet: the run is tried again, for ``code``."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 Fetch = Callable[[WebhookEvent, stripe.StripeClient], Any]
 Apply = Callable[[Connection, WebhookEvent, Any, datetime], Sequence[OutboxRow]]
 

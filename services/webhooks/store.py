@@ -96,7 +96,8 @@ def store(db: Connection, events: Sequence[Delivered], runs: Sequence[NewRun], n
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A run that is this process's until ``lease_ends``. ``attempts`` counts this one and is the fence."""
+    """A run that is this process's until ``lease_ends``. ``attempts`` counts this one; with ``replays``
+    it is the fence, for a replay counts anew."""
 
     facts: Facts
     handler: str
@@ -167,8 +168,8 @@ def is_mine(db: Connection, run: Claimed) -> bool:
     """Lock the run; false when another took it over, or it is settled: then nothing more may be done."""
     row = db.execute(
         "SELECT FROM webhook_runs WHERE event_id = %s AND handler = %s AND state = 'processing' "
-        "AND attempts = %s FOR UPDATE",
-        (run.facts.event_id, run.handler, run.attempts),
+        "AND attempts = %s AND replays = %s FOR UPDATE",
+        (run.facts.event_id, run.handler, run.attempts, run.replays),
     ).fetchone()
     return row is not None
 

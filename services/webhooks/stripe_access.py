@@ -17,6 +17,8 @@ class StripeAccess:
     def __init__(self, api_key: str, *, api_base: str | None, timeout_seconds: float) -> None:
         stripe.enable_telemetry = False
         self._key = api_key
+        #: Of the key; None when it does not say.
+        self.livemode = True if "_live_" in api_key else False if "_test_" in api_key else None
         self._bases: stripe._base_address.BaseAddresses = {}
         if api_base is not None:
             self._bases = {"api": api_base.rstrip("/")}

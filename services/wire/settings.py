@@ -139,8 +139,10 @@ class Settings(BaseSettings):
     )
     webhook_retry_max_seconds: float = Field(3600.0, gt=0, le=86_400, description="That pause, at most.")
     webhook_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Time limit of an own handler.")
-    webhook_succeeded_days: int = Field(14, ge=-1, description="Succeeded webhooks are kept; -1 for ever.")
-    webhook_dead_days: int = Field(90, ge=-1, description="Dead webhooks are kept; -1 for ever.")
+    webhook_succeeded_days: int = Field(
+        14, ge=-1, description="Succeeded webhooks are kept, at least 4; -1 for ever."
+    )
+    webhook_dead_days: int = Field(90, ge=-1, description="Dead webhooks are kept, at least 4; -1 for ever.")
     parked_auto_redrive: bool = Field(
         False, description="Re-drive parked records by themselves once a fix for them is there."
     )

@@ -16,7 +16,7 @@ import stripe
 from services.stripe_simulator import SimulatorConfig, running_simulator
 from services.webhooks import store
 from services.webhooks.deciding import Policy
-from services.webhooks.handling import Refused, WebhookEvent
+from services.webhooks.handling import Refused, Unfinished, WebhookEvent
 from services.wire.errors import OffsetGap
 from services.wire.records import OutboxRow, ops_event
 from tests.conftest import Servers
@@ -591,3 +591,59 @@ def test_postgresql_being_away_is_unhealthy(postgres_dsn: str) -> None:
         dispatcher.count()
         assert dispatcher.check()[0] == "unhealthy"
         until(lambda: dispatcher.check() == ("unhealthy", "waiting for PostgreSQL (OperationalError)"), "it")
+
+
+# -- What stays done, and what is not ours ---------------------------------------------------------------
+
+
+def test_an_unfinished_attempt_keeps_its_effect_and_is_tried_again(desk: Desk) -> None:
+    def once(
+        db: psycopg.Connection[Any], event: WebhookEvent, found: Any, now: datetime
+    ) -> Sequence[OutboxRow]:
+        seen = db.execute("SELECT count(*) FROM effects").fetchone()
+        note(db, event, found, now)
+        if seen == (0,):
+            raise Unfinished("not_yet")
+        return ()
+
+    handler = planted(apply=once)
+    desk.deliver(snapshot("evt_1"), handlers=[handler])
+    with desk.dispatching(handler):
+        desk.until_settled()
+    assert desk.effects() == ["evt_1", "evt_1"]
+    assert desk.run("evt_1") == ("succeeded", 2, None, None)
+
+
+def test_an_attempt_that_never_finishes_is_dead_with_its_code(desk: Desk) -> None:
+    def never(*_: Any) -> Sequence[OutboxRow]:
+        raise Unfinished("not_yet")
+
+    handler = planted(apply=never)
+    desk.deliver(snapshot("evt_1"), handlers=[handler])
+    with desk.dispatching(handler):
+        desk.until_settled()
+    assert desk.run("evt_1") == ("dead", QUICK.attempts_max, "Unfinished", "not_yet")
+    assert [one["name"] for one in desk.outbox()] == ["webhook_dlq.dead_lettered"]
+
+
+def test_an_event_of_the_other_mode_than_the_keys_changes_nothing(desk: Desk) -> None:
+    """A Connect endpoint for live events gets those of test mode too."""
+    desk.deliver(snapshot("evt_1", livemode=True), snapshot("evt_2", object_id="obj_2"))
+    with desk.dispatching():
+        desk.until_settled()
+    assert desk.states() == {"evt_1": "succeeded", "evt_2": "succeeded"}
+    assert desk.effects() == ["evt_2"]
+
+
+def test_a_zombie_of_before_a_replay_is_not_taken_for_its_heir(desk: Desk) -> None:
+    desk.deliver(snapshot("evt_1"))
+    later = datetime.now(UTC) + QUICK.lease * 2
+    with psycopg.connect(desk.dsn, autocommit=True) as db:
+        zombie = store.claim(db, "tidemeter", now=datetime.now(UTC), policy=QUICK)
+        heir = store.claim(db, "tidemeter", now=later, policy=QUICK)
+        assert zombie is not None and heir is not None
+        db.execute("UPDATE webhook_runs SET state = 'failed'")
+        db.execute("UPDATE webhook_runs SET state = 'received', attempts = 0, replays = replays + 1")
+        replayed = store.claim(db, "tidemeter", now=later + QUICK.lease * 2, policy=QUICK)
+        assert replayed is not None and replayed.attempts == zombie.attempts
+        assert [store.is_mine(db, run) for run in (zombie, heir, replayed)] == [False, False, True]

@@ -404,3 +404,10 @@ def test_old_webhooks_are_pruned_by_http(desk: Desk, client: TestClient[Litestar
         answer = client.post("/v1/webhooks/prune", json={"dryRun": dry}, headers=key)
         assert answer.json() == {"events": 3, "runs": 3, "subjects": 0, "dryRun": dry}
         assert len(kept(desk)) == left
+
+
+def test_nothing_is_forgotten_while_stripe_may_deliver_it_again(desk: Desk) -> None:
+    put(desk, 1, "succeeded", days=3.9, first=0)
+    put(desk, 1, "succeeded", days=4.1, first=1)
+    assert pruned(desk, 0, 0, dry_run=True) == pruned(desk, 0, 0) == (1, 1, 0)
+    assert kept(desk) == ["evt_00000"]

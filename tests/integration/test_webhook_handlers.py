@@ -716,3 +716,38 @@ def test_a_card_is_kept_until_it_is_detached(engine: Engine) -> None:
     engine.tell("payment_method.attached", {"id": "pm_2", "type": "sepa_debit", "customer": "cus_1"})
     engine.tell("payment_method.detached", renewed | {"customer": None})
     assert engine.sql("SELECT * FROM stripe_cards") == []
+
+
+def test_metadata_maps_no_customer_that_is_billed_as_itself_to_another(engine: Engine) -> None:
+    metadata = {"tidemeter_tenant": "acme", "tidemeter_ref": "cus_2"}
+    engine.tell("customer.created", customer(metadata=metadata))
+    assert engine.sql("SELECT * FROM customers") == []
+    engine.tell("customer.created", customer(id="cus_2", metadata=metadata))
+    assert engine.sql("SELECT customer_ref, stripe_customer FROM customers") == [("cus_2", "cus_2")]
+
+
+def test_an_authorisation_that_is_let_go_of_is_no_loss(engine: Engine) -> None:
+    released = charge(captured=False, amount_captured=0, amount_refunded=2000)
+    assert engine.tell("charge.refunded", released, previous={"amount_refunded": 0}) == []
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize(
+    ("first", "last", "status"),
+    [("created", "updated", "active"), ("updated", "deleted", "canceled")],
+)
+def test_of_one_second_a_subscription_begins_with_its_creation_and_ends_with_its_end(
+    engine: Engine, first: str, last: str, status: str, last_first: bool
+) -> None:
+    """Stripe tells whole seconds, so the order of their events is anyone's guess."""
+    engine.tell("customer.created", of_ada())
+    given = [
+        (
+            f"customer.subscription.{first}",
+            subscription(status="incomplete" if first == "created" else "active"),
+        ),
+        (f"customer.subscription.{last}", subscription(status=status)),
+    ]
+    for event_type, data in reversed(given) if last_first else given:
+        engine.tell(event_type, data, created_at=T0 + timedelta(days=1))
+    assert engine.sql("SELECT status FROM stripe_subscriptions") == [(status,)]

@@ -17,7 +17,7 @@ from services.pusher.sinks.stripe import StripeSink
 from services.pusher.sinks.stripe_stream import StripeStreamSink
 from services.stripe_simulator import SimulatorConfig
 from services.webhooks.handlers import product_handlers
-from services.webhooks.handling import Refused, WebhookEvent
+from services.webhooks.handling import Refused, Unfinished, WebhookEvent
 from services.wire.ops import DISPATCHER
 from tests.integration.pushing import KEY, World, delta, open_world, settled, until
 from tests.integration.test_webhook_handlers import damaged
@@ -222,3 +222,24 @@ def test_a_stripe_that_cannot_be_read_is_tried_again_later(world: World) -> None
     with pytest.raises(stripe.StripeError):
         HANDLER.fetch(thin(report), client_of(world))
     assert HANDLER.fetch(thin(report), client_of(world)) is not None
+
+
+@pytest.mark.parametrize("state", ["in_flight", "in_doubt"])
+def test_a_report_waits_for_the_intents_that_are_still_under_way(world: World, state: str) -> None:
+    """Given a report of two intents, of which one has no answer in the journal yet."""
+    world.close(delta("cus_1"), delta("cus_2"))
+    push(world, world.sink())
+    one, two = (delta(f"cus_{n}")["identifier"] for n in (1, 2))
+    report = thin(report_of(world, sample(identifier=one), sample(identifier=two)))
+    journal = "UPDATE meter_events SET state = %s, settled_at = %s WHERE identifier = %s RETURNING 1"
+    with psycopg.connect(world.dsn, autocommit=True) as db:
+        db.execute("ALTER TABLE meter_events DISABLE TRIGGER USER")
+        assert db.execute(journal, (state, None, two)).fetchall()
+        with db.transaction(), pytest.raises(Unfinished, match="intent_under_way"):
+            HANDLER.apply(db, report, HANDLER.fetch(report, client_of(world)), NOW)
+        assert [name for name, _ in failed(world)] == [one]
+        assert db.execute(journal, ("reported", NOW, two)).fetchall()
+        db.execute("ALTER TABLE meter_events ENABLE TRIGGER USER")
+    handle(world, report)
+    assert [name for name, _ in failed(world)] == sorted((one, two))
+    assert len(ops(world)) == len(world.sql("SELECT 1 FROM paused_meters")) + 2

@@ -223,6 +223,30 @@ def test_what_may_have_left_already_is_not_given_back(
     record(books, books.close())
     assert len(claimed(postgres_dsn, "cus_1", "2026-06-15T13:41")) == 1
     engine.tell("invoice.finalized", finalized())
-    assert claimed(postgres_dsn, "cus_1", "2026-06-15T13:51") == [(JUNE, "2026-06-15T13:50")]
+    assert claimed(postgres_dsn, "cus_1", "2026-06-15T13:51") == [(JUNE, "2026-06-15T13:45")]
     assert engine.sql("SELECT state FROM meter_events") == [("in_flight",)]
     assert books.carried_forward() == []
+
+
+def test_nothing_leaves_within_the_margin_before_a_draft_that_is_final_early(
+    books: Books, engine: Engine, postgres_dsn: str
+) -> None:
+    at(books, "2026-06-15T13:40", books.use("a", "2026-06-15T13:30", 5))
+    record(books, books.close())
+    engine.tell("invoice.created", draft("2026-06-15T14:00:00"))
+    assert claimed(postgres_dsn, "cus_1", "2026-06-15T13:56") == []
+    assert engine.sql("SELECT state, error_code FROM meter_events") == [("cancelled", "period_closed")]
+
+
+def test_a_failed_payment_does_not_make_an_unknown_subscription_one_without_metered_prices(
+    books: Books, engine: Engine
+) -> None:
+    """Given an invoice of a subscription that no event has told of, final before its payment failed."""
+    fields = {"parent": None, "subscription": "sub_unknown"}
+    engine.tell("invoice.finalized", finalized(**fields))
+    limits = "SELECT stripe_customer, final_at FROM invoice_limits"
+    before = engine.sql(limits)
+    assert len(before) == 1
+    told = engine.tell("invoice.payment_failed", finalized(**fields))
+    assert [one["name"] for one in told] == ["dunning_exhaustion"]
+    assert engine.sql(limits) == before

@@ -96,7 +96,10 @@ def _failed(db: Connection, event: WebhookEvent, _: None, now: datetime) -> list
 
 
 def _refunded(db: Connection, event: WebhookEvent, _: None, now: datetime) -> list[OutboxRow]:
-    """The loss is what this event added to what was refunded before."""
+    """The loss is what this event added to what was refunded before. What was only authorised, and is let go
+    of, Stripe calls refunded too: there was no money to lose."""
+    if at(event.data, "captured") is False:
+        return []
     charge = identifier(event.data, "id")
     added = amount(event.data, "amount_refunded")
     try:

@@ -1,7 +1,8 @@
 """Customers of Stripe: their time zone, whose usage they are billed for, and that they are gone.
 
 Whose they are is in the metadata that ``tidemeter apply --create-in-stripe`` writes. What an operator mapped
-is never overwritten, and what a connected account says of its customers maps nothing.
+is never overwritten, nor is a reference that is itself a Stripe customer's id mapped to another, and what a
+connected account says of its customers maps nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 TENANT, REF, TIMEZONE = "tidemeter_tenant", "tidemeter_ref", "tidemeter_timezone"
 _ZONE = re.compile(r"[A-Za-z0-9_+/-]{1,64}")
+#: Without a mapping such a customer is billed as itself.
+_STRIPE_CUSTOMER = re.compile(r"cus_[A-Za-z0-9_]+")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -74,6 +77,9 @@ def _map(db: Connection, event: WebhookEvent, customer: str) -> None:
     try:
         check_text(ref, REF, CUSTOMER_CHARS_MAX)
     except Invalid:
+        return
+    if ref != customer and _STRIPE_CUSTOMER.fullmatch(ref):
+        log.warning("a customer's metadata names another customer of Stripe", stripe_customer=customer)
         return
     mapped = db.execute(
         "INSERT INTO customers (tenant_id, customer_ref, stripe_customer) "

@@ -47,10 +47,11 @@ _KEEP = """
     """
 
 #: Of a subscription that no event has told of yet: enough to remember that its dunning is exhausted.
+#: It may be metered, so its invoices count as before.
 _SUPPOSE = """
     INSERT INTO stripe_subscriptions (subscription_id, account, stripe_customer, status, is_metered,
         created_at, past_due_since, seen_at)
-    VALUES (%(id)s, %(account)s, %(customer)s, 'past_due', false, %(at)s, %(at)s, %(at)s)
+    VALUES (%(id)s, %(account)s, %(customer)s, 'past_due', true, %(at)s, %(at)s, %(at)s)
     ON CONFLICT DO NOTHING
     """
 

@@ -2,6 +2,9 @@
 
 A report names samples. The intents among them fail, each once, and a meter that Stripe does not have, or has
 archived, is paused. Of what is not named only the number is known: reconciliation finds it.
+
+A report may come before the answer to the call is in the journal, or that answer got lost. Such an intent is
+still to become ``reported``, so the run is tried again until none that is named is under way.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import stripe
 import structlog
 
 from services.webhooks.handlers.reading import Object, at, code, objects
-from services.webhooks.handling import Connection, FailReported, Handler, Refused, WebhookEvent
+from services.webhooks.handling import Connection, FailReported, Handler, Refused, Unfinished, WebhookEvent
 from services.wire.ops import DISPATCHER
 from services.wire.records import OutboxRow
 
@@ -25,6 +28,11 @@ log = structlog.get_logger(__name__)
 SOURCE = "webhook"
 
 _TYPES = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found")
+
+#: Asked before any is failed: what is reported in between is found by the next attempt.
+_UNDER_WAY = """
+    SELECT count(*) FROM meter_events WHERE identifier = ANY(%s) AND state IN ('in_flight', 'in_doubt')
+    """
 
 #: Our identifiers hold no hyphen. An Idempotency-Key of ours is the identifier and, once an answer proved
 #: that it had no effect, how often that was: ``<identifier>-2``.
@@ -43,6 +51,8 @@ def handlers(fail_reported: FailReported) -> list[Handler]:
         for identifier, reason in named:
             if identifier is not None and reason is not None:
                 codes.setdefault(identifier, reason)
+        row = db.execute(_UNDER_WAY, (sorted(codes),)).fetchone() if codes else None
+        under_way = row[0] if row else 0
         failed = fail_reported(db, codes, source=SOURCE, now=now, producer=DISPATCHER) if codes else []
         log.warning(
             "meter errors reported",
@@ -50,8 +60,11 @@ def handlers(fail_reported: FailReported) -> list[Handler]:
             errors=_number(at(fetched, "reason", "error_count")),
             named=len(named),
             failed=len(failed),
-            ignored=len(named) - len(failed),
+            under_way=under_way,
+            ignored=len(named) - len(failed) - under_way,
         )
+        if under_way:
+            raise Unfinished("intent_under_way")
         return []
 
     return [Handler(_TYPES, apply, _fetch, is_state=False)]

@@ -29,6 +29,9 @@ _TYPES = (
     "customer.subscription.pending_update_expired",
 )
 
+#: A subscription never comes back from these.
+_ENDED = ("canceled", "incomplete_expired")
+
 #: A subscription that is paid again can be exhausted again.
 _KEEP = """
     INSERT INTO stripe_subscriptions AS s (subscription_id, account, stripe_customer, status, is_metered,
@@ -65,8 +68,10 @@ def _apply(db: Connection, event: WebhookEvent, _: None, now: datetime) -> list[
     new = _read(event)
     hold(db, new.customer)
     stored = db.execute(
-        "SELECT status FROM stripe_subscriptions WHERE subscription_id = %s", (new.subscription_id,)
+        "SELECT status, seen_at FROM stripe_subscriptions WHERE subscription_id = %s", (new.subscription_id,)
     ).fetchone()
+    if stored and stored[1] == event.created_at and _is_older(event, new.status, stored[0]):
+        return []
     from_status = stored[0] if stored else code(at(event.previous, "status")) or UNKNOWN
     before = live_cycles(db, new.customer)
     cycle = new.cycles[0] if new.cycles else None
@@ -97,6 +102,11 @@ def _apply(db: Connection, event: WebhookEvent, _: None, now: datetime) -> list[
         rows += _unclear(event, now, new, before, live_cycles(db, new.customer), changed=changed)
         feed_calendars(db, new.customer)
     return rows
+
+
+def _is_older(event: WebhookEvent, status: str, stored: str) -> bool:
+    """Of two events of one second: its creation comes before everything else, and its end after."""
+    return event.event_type.endswith(".created") or (stored in _ENDED and status not in _ENDED)
 
 
 def _read(event: WebhookEvent) -> _Subscription:
