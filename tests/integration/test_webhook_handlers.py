@@ -751,3 +751,12 @@ def test_of_one_second_a_subscription_begins_with_its_creation_and_ends_with_its
     for event_type, data in reversed(given) if last_first else given:
         engine.tell(event_type, data, created_at=T0 + timedelta(days=1))
     assert engine.sql("SELECT status FROM stripe_subscriptions") == [(status,)]
+
+
+def test_the_creation_of_a_customer_takes_no_time_zone_back_that_was_given_in_its_second(
+    engine: Engine,
+) -> None:
+    moment = T0 + timedelta(days=1)
+    engine.tell("customer.updated", of_ada(tidemeter_timezone="Europe/Berlin"), created_at=moment)
+    engine.tell("customer.created", customer(), created_at=moment)
+    assert engine.sql("SELECT timezone FROM stripe_customers") == [("Europe/Berlin",)]

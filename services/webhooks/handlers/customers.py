@@ -40,6 +40,8 @@ def handlers() -> list[Handler]:
 def _keep(db: Connection, event: WebhookEvent, _: None, now: datetime) -> list[OutboxRow]:
     customer = identifier(event.data, "id")
     hold(db, customer)
+    if event.event_type == "customer.created" and _is_known(db, event, customer):
+        return []
     named, timezone = _timezone(event, customer)
     db.execute(
         "INSERT INTO stripe_customers AS c (stripe_customer, account, timezone, seen_at) "
@@ -51,6 +53,15 @@ def _keep(db: Connection, event: WebhookEvent, _: None, now: datetime) -> list[O
         _map(db, event, customer)
         feed_calendars(db, customer)
     return []
+
+
+def _is_known(db: Connection, event: WebhookEvent, customer: str) -> bool:
+    """Whether another event of this second told of it: Stripe tells no more, but its creation came first."""
+    row = db.execute(
+        "SELECT FROM stripe_customers WHERE stripe_customer = %s AND seen_at = %s",
+        (customer, event.created_at),
+    ).fetchone()
+    return row is not None
 
 
 def _timezone(event: WebhookEvent, customer: str) -> tuple[bool, str | None]:
