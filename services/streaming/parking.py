@@ -188,7 +188,8 @@ def request_redrives(db: Connection, choice: Choice, *, by: str, dry_run: bool) 
             requests.append(Request(row[0], service, selected))
     if not dry_run:
         for request in requests:
-            audit(db, by, "redrive.request", str(request.redrive_id), asdict(request))
+            details = {**asdict(request), "choice": msgspec.to_builtins(choice)}
+            audit(db, by, "redrive.request", str(request.redrive_id), details)
     return requests
 
 
