@@ -138,7 +138,11 @@ def test_the_guide_leads_to_a_fourth_version_that_reads_all_others(copy: Copy) -
     assert copy.run("-m", "schemas.catalog").returncode == 0
     assert copy.starts() == "upcasters.chain.ChainError: usage_event v3→v4: the step is missing"
 
-    copy.edit("upcasters/chain.py", "usage_event_v2_to_v3\n", "usage_event_v2_to_v3, usage_event_v3_to_v4\n")
+    copy.edit(
+        "upcasters/chain.py",
+        "usage_event_v2_to_v3, values",
+        "usage_event_v2_to_v3, usage_event_v3_to_v4, values",
+    )
     copy.edit(
         "upcasters/chain.py",
         "usage_event_v2_to_v3, usage_delta",
