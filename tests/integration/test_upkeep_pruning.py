@@ -47,8 +47,8 @@ def park(db: Connection, offset: int, state: str, settled_at: datetime | None) -
 
 def redrive(db: Connection, state: str, finished_at: datetime | None) -> None:
     db.execute(
-        "INSERT INTO redrives (choice, dry_run, requested_by, requested_at, state, last_id, selected, "
-        "finished_at) VALUES ('{}', false, 'test', %s, %s, 0, 0, %s)",
+        "INSERT INTO redrives (service, choice, dry_run, requested_by, requested_at, state, last_id, "
+        "selected, finished_at) VALUES ('tidemeter-counters', '{}', false, 'test', %s, %s, 0, 0, %s)",
         (ANCIENT, state, finished_at),
     )
 
@@ -93,7 +93,7 @@ def fill(db: Connection, now: datetime = NOW) -> None:
     ):
         db.execute(
             "INSERT INTO stripe_invoices (invoice_id, stripe_customer, status, period_start, period_end, "
-            "seen_at) VALUES (%s, 'cus_1', %s, %s, %s, %s)",
+            "seen_at, is_cycle) VALUES (%s, 'cus_1', %s, %s, %s, %s, true)",
             (f"in_{number}", status, ANCIENT, ANCIENT, at),
         )
     for number, (end, at) in enumerate([(ANCIENT, ANCIENT), (RECENT, ANCIENT), (ANCIENT, RECENT)]):
