@@ -1,4 +1,4 @@
-"""One record in a hundred is poison, of every kind: each is parked once, whole, and all others count."""
+"""One record in two hundred is poison, of every kind: each is parked once, whole, and all others count."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def poisons(chance: random.Random) -> Iterator[tuple[bytes, list[tuple[str, byte
 
 
 def load(seed: int, good: int) -> Iterator[tuple[Record, str | None]]:
-    """Good usage with a poisonous record every 113; what it is refused for, or None."""
+    """Good usage with a poisonous record every 211; what it is refused for, or None.
+
+    Partitions do not get the same share, and more than one in a hundred would halt one.
+    """
     chance = random.Random(seed)  # noqa: S311
     kinds = poisons(chance)
     for number in range(good):
@@ -49,7 +52,7 @@ def load(seed: int, good: int) -> Iterator[tuple[Record, str | None]]:
         at_s = NOW_S - chance.randrange(40 * 3600)
         usage = Usage("acme", customer, "requests", Decimal(chance.randrange(1, 9)), f"g-{number}", at_s)
         yield (usage.topic, usage.record_key(), usage.value(), [], usage), None
-        if number % 113 == 0:
+        if number % 211 == 0:
             value, headers, reason = next(kinds)
             yield ("usage.v3", usage.record_key(), value, headers, None), reason
 
