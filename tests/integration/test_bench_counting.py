@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -59,7 +60,10 @@ def belongings(here: Servers) -> tuple[set[str], set[str]]:
 
 def children() -> list[str]:
     """Contestants that still run."""
-    found = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found.append(" ".join(child.cmdline()))
     return [words for words in found if "-m bench." in words]
 
 
