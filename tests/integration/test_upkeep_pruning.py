@@ -170,6 +170,8 @@ def test_one_of_several_processes_prunes(db: Connection, postgres_dsn: str) -> N
         other.execute("SELECT pg_advisory_lock(%s)", (LOCK_ID,))
         with pytest.raises(AlreadyRunning):
             prune(db, rules(load_settings()), NOW, actor="test")
+        # Closing alone does not wait until the server has let go of the lock.
+        other.execute("SELECT pg_advisory_unlock(%s)", (LOCK_ID,))
     assert numbers(prune(db, rules(load_settings()), NOW, actor="test")) == EXPECTED
 
 
