@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -25,6 +26,11 @@ def fail(message: str, code: int) -> typer.Exit:
     """Print ``error: message`` and give the exception to raise."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code)
+
+
+def operator() -> str:
+    """Who acts, for the audit log: this system's user."""
+    return f"cli:{getpass.getuser()}"
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from services.cli.common import ATTENTION, MISUSED, JsonFlag, database, fail, sentences, show_table
+from services.cli.common import ATTENTION, MISUSED, JsonFlag, database, fail, operator, sentences, show_table
 from services.console import parked
 from services.streaming.parking import STATES, Choice, Kind
 from services.wire.errors import TidemeterError
@@ -198,7 +197,7 @@ def redrive(
             requests = parked.redrive(
                 db,
                 choice,
-                by=_operator(),
+                by=operator(),
                 dry_run=dry_run,
                 everything=everything,
                 force=force,
@@ -242,7 +241,7 @@ def discard(
                 db,
                 choice,
                 note=note,
-                by=_operator(),
+                by=operator(),
                 dry_run=dry_run,
                 everything=everything,
                 force=force,
@@ -276,13 +275,8 @@ def cancel(
     Example: tidemeter parked cancel 7
     """
     with _sentences(), database() as db:
-        changed = parked.cancel(db, redrive_id, by=_operator())
+        changed = parked.cancel(db, redrive_id, by=operator())
     typer.echo("cancelled" if changed else "it had ended before; nothing changed")
-
-
-def _operator() -> str:
-    """Who acts, for the audit log."""
-    return f"cli:{getpass.getuser()}"
 
 
 def _await(db: psycopg.Connection[Any], wanted: Sequence[int]) -> Sequence[Mapping[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli.common import ATTENTION, JsonFlag, database, fail, sentences, show_table
+from services.cli.common import ATTENTION, JsonFlag, database, fail, operator, sentences, show_table
 from services.wire.log import configure_logging
 from services.wire.settings import load_settings
 
@@ -48,7 +47,7 @@ def prune(
                 if dry_run:
                     pruned = pruning.count(db, wanted, now)
                 else:
-                    pruned = pruning.prune(db, wanted, now, actor=f"cli:{getpass.getuser()}")
+                    pruned = pruning.prune(db, wanted, now, actor=operator())
             except pruning.AlreadyRunning:
                 raise fail("another process prunes at this moment", ATTENTION) from None
     if as_json:

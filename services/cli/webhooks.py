@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.common import MISUSED, JsonFlag, database, fail, sentences, show_table
+from services.cli.common import MISUSED, JsonFlag, database, fail, operator, sentences, show_table
 from services.wire.settings import load_settings
 from services.wire.times import moment
 
@@ -151,9 +150,7 @@ def replay(
         raise fail("say which: --id, --type, --since, --until or --all-dead", MISUSED)
 
     def act(dry: bool) -> Replayed:
-        return replay_runs(
-            db, choice, now=datetime.now(UTC), actor=f"cli:{getpass.getuser()}", dry_run=dry, force=force
-        )
+        return replay_runs(db, choice, now=datetime.now(UTC), actor=operator(), dry_run=dry, force=force)
 
     with sentences():
         choice = Choice(ids or None, event_type, handler=handler, since=_moment(since), until=_moment(until))
@@ -195,7 +192,7 @@ def prune(
                 db,
                 Retention.from_settings(settings),
                 now=datetime.now(UTC),
-                actor=f"cli:{getpass.getuser()}",
+                actor=operator(),
                 dry_run=dry_run,
             )
     if as_json:

@@ -27,7 +27,7 @@ from services.console.adjustments import (
 from services.console.asking import ask, principal_of, refuse_unknown_parameters
 from services.console.docs import DECIDE_RESPONSES, LIST_RESPONSES
 from services.web.problems import RequestRefused
-from services.wire.times import instant, micros
+from services.wire.times import instant, micros, utc
 from services.wire.usage import (
     CUSTOMER_CHARS_MAX,
     METER_CHARS_MAX,
@@ -224,25 +224,20 @@ def _shown(row: Row) -> Adjustment:
         meter=row["meter"],
         idempotency_key=row["idempotency_key"],
         quantity=_plain(row["quantity"]),
-        occurred_at=_utc(row["occurred_at"]),
-        arrived_at=_utc(row["arrived_at"]),
+        occurred_at=utc(row["occurred_at"]),
+        arrived_at=utc(row["arrived_at"]),
         reason=row["reason"],
         state=row["state"],
         decided_by=row["decided_by"],
-        decided_at=row["decided_at"] and _utc(row["decided_at"]),
-        applied_hour=row["applied_hour"] and _utc(row["applied_hour"]),
-        applied_at=row["applied_at"] and _utc(row["applied_at"]),
+        decided_at=row["decided_at"] and utc(row["decided_at"]),
+        applied_hour=row["applied_hour"] and utc(row["applied_hour"]),
+        applied_at=row["applied_at"] and utc(row["applied_at"]),
     )
 
 
 def _plain(value: Decimal) -> str:
     text = format(value, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def _utc(moment: datetime) -> datetime:
-    """In UTC, whatever the time zone of the database session."""
-    return instant(micros(moment))
 
 
 def _cursor(row: Row) -> str:

@@ -12,7 +12,7 @@ from litestar import Request, get, post
 from litestar.datastructures import State as AppState
 from litestar.params import Parameter
 
-from services.console.asking import ask, operators_only
+from services.console.asking import ask, operators_only, refuse_unknown_parameters
 from services.console.docs import (
     LIST_RESPONSES,
     PRUNE_WEBHOOKS_RESPONSES,
@@ -36,7 +36,7 @@ from services.console.webhook_runs import (
     replay,
 )
 from services.web.problems import RequestRefused
-from services.wire.times import instant, micros
+from services.wire.times import instant, micros, utc
 
 PAGE_MAX = 100
 BODY_BYTES_MAX = 1024 * 1024
@@ -203,10 +203,7 @@ async def list_webhooks(
     limit: Annotated[int, Parameter(ge=1, le=PAGE_MAX, required=False, description="How many.")] = PAGE_MAX,
 ) -> WebhookPage:
     """How handlers stand with Stripe's events, by pages; newest event first. For keys without a tenant."""
-    if not _PARAMETERS.issuperset(request.query_params.keys()):
-        raise RequestRefused(
-            400, "parameter_unknown", f"the parameters are {', '.join(sorted(_PARAMETERS))}", path="query"
-        )
+    refuse_unknown_parameters(request, _PARAMETERS)
     choice = Choice(None, type_, object_, account, endpoint, handler, _aware(since), _aware(until))
 
     def page(db: psycopg.Connection[Any]) -> Sequence[Row]:
@@ -309,15 +306,15 @@ def _run(row: Row) -> WebhookRun:
         object_id=row["object_id"],
         account=row["account"],
         endpoint=row["endpoint"],
-        created_at=_utc(row["created_at"]),
-        received_at=_utc(row["received_at"]),
+        created_at=utc(row["created_at"]),
+        received_at=utc(row["received_at"]),
         deliveries=row["deliveries"],
         attempts=row["attempts"],
         replays=row["replays"],
-        next_attempt_at=_utc(row["next_attempt_at"]) if row["settled_at"] is None else None,
+        next_attempt_at=utc(row["next_attempt_at"]) if row["settled_at"] is None else None,
         error_class=row["error_class"],
         error_code=row["error_code"],
-        settled_at=row["settled_at"] and _utc(row["settled_at"]),
+        settled_at=row["settled_at"] and utc(row["settled_at"]),
     )
 
 
@@ -331,17 +328,12 @@ def _event(found: Found) -> WebhookEventShown:
         endpoint=event["endpoint"],
         is_thin=event["is_thin"],
         livemode=event["livemode"],
-        created_at=_utc(event["created_at"]),
-        received_at=_utc(event["received_at"]),
+        created_at=utc(event["created_at"]),
+        received_at=utc(event["received_at"]),
         deliveries=event["deliveries"],
         body_bytes=event["body_bytes"],
         runs=[_run({**event, **run}) for run in found.runs],
     )
-
-
-def _utc(moment: datetime) -> datetime:
-    """In UTC, whatever the time zone of the database session."""
-    return instant(micros(moment))
 
 
 def _aware(moment: datetime | None) -> datetime | None:

@@ -30,6 +30,11 @@ def micros(moment: datetime) -> int:
     return (moment - EPOCH) // _MICROSECOND
 
 
+def utc(moment: datetime) -> datetime:
+    """``moment``, an aware datetime of any zone, in UTC; exact."""
+    return instant(micros(moment))
+
+
 def moment(text: str, now: datetime) -> datetime:
     """The time that an operator wrote: ISO 8601 with an offset, ``now``, or how far away from now it is.
 
