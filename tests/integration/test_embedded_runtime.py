@@ -49,8 +49,8 @@ from pathlib import Path
 from services.embedded import EmbeddedRuntime
 
 with EmbeddedRuntime(Path(sys.argv[1])) as runtime:
-    print(runtime.kafka.pid, runtime.postgres.pid, flush=True)
     try:
+        print(runtime.kafka.pid, runtime.postgres.pid, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
