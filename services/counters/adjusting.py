@@ -9,6 +9,7 @@ import psycopg
 
 from services.counters import buckets
 from services.counters.config import TENANT_CALENDAR, Meter
+from services.counters.decisions import hold_beside_the_log
 from services.counters.prepare import Account, Item
 from services.counters.windows import OLDEST_US, add
 from services.streaming.faults import fault_point
@@ -37,6 +38,7 @@ def apply_approved(db: psycopg.Connection[Any], now_us: int | None = None) -> in
     register(db)
     now_us = now_us if now_us is not None else time.time_ns() // 1000
     with db.transaction():
+        hold_beside_the_log(db)
         rows = db.execute(_APPROVED, (APPLIED_PER_ROUND,)).fetchall()
         if not rows:
             return 0
@@ -64,13 +66,14 @@ def apply_approved(db: psycopg.Connection[Any], now_us: int | None = None) -> in
             at_us = occurred_us if fits else now_us
             amount = int(quantity * QUANTITY_UNIT) if unique_value is None else unique_value.int
             add(item, at_us, amount, key, 1)
-            applied.append((adjustment_id, instant(hour_start(at_us))))
+            applied.append((adjustment_id, instant(hour_start(at_us)), instant(at_us)))
         arrivals = [micros(row[6]) for row in rows]
         buckets.write(db, items.values(), (min(arrivals), max(arrivals)))
         db.execute(
-            "UPDATE adjustments a SET state = 'applied', applied_hour = u.h, applied_at = now() "
-            "FROM unnest(%s::uuid[], %s::timestamptz[]) AS u (i, h) WHERE a.adjustment_id = u.i",
-            ([one[0] for one in applied], [one[1] for one in applied]),
+            "UPDATE adjustments a SET state = 'applied', applied_hour = u.h, counted_at = u.c, "
+            "applied_at = now() FROM unnest(%s::uuid[], %s::timestamptz[], %s::timestamptz[]) AS u (i, h, c) "
+            "WHERE a.adjustment_id = u.i",
+            ([one[0] for one in applied], [one[1] for one in applied], [one[2] for one in applied]),
         )
         fault_point("adjust.before_commit")
     fault_point("adjust.after_commit")

@@ -100,11 +100,7 @@ def write(db: Connection, items: Iterable[Item], arrivals_us: tuple[int, int]) -
             for place, bucket in item.buckets.items()
             if bucket.late and place[0] + HOUR_US <= item.watermark
         }
-        rows: dict[str, list[tuple[bytes, int, int, Bucket]]] = defaultdict(list)
-        for item in changed:
-            kept = rows[_KINDS.get(item.meter.aggregation, "sum")]
-            kept.extend((item.item_id, *place, bucket) for place, bucket in item.buckets.items())
-        merged = [_merge(db, kind, ours, arrivals_us, asked=bool(late)) for kind, ours in rows.items()]
+        merged = merge(db, "buckets", changed, arrivals_us, asked=bool(late))
     if not late:
         return set()
     return {
@@ -136,20 +132,39 @@ _SETTLED: LiteralString = (
 )
 
 
+def merge(
+    db: Connection,
+    table: LiteralString,
+    items: Iterable[Item],
+    arrivals_us: tuple[int, int],
+    *,
+    asked: bool = False,
+) -> list[psycopg.Cursor[Any]]:
+    """Merge the buckets of ``items`` into ``table``, which has the columns of ``buckets``.
+
+    With ``asked``, the cursors tell for each whether it had a delta that is settled.
+    """
+    rows: dict[str, list[tuple[bytes, int, int, Bucket]]] = defaultdict(list)
+    for item in items:
+        kept = rows[_KINDS.get(item.meter.aggregation, "sum")]
+        kept.extend((item.item_id, *place, bucket) for place, bucket in item.buckets.items())
+    return [_merge(db, table, kind, ours, arrivals_us, asked=asked) for kind, ours in rows.items()]
+
+
 def _merge(
     db: Connection,
+    table: LiteralString,
     kind: str,
     rows: Sequence[tuple[bytes, int, int, Bucket]],
     arrivals_us: tuple[int, int],
     *,
     asked: bool,
 ) -> psycopg.Cursor[Any]:
-    """Merge the rows; with ``asked``, the cursor tells for each whether it had a delta that is settled."""
     buckets = [row[3] for row in rows]
     is_last = kind == "last"
     keys = ([bucket.key for bucket in buckets],) if is_last else ()
     return db.execute(
-        "INSERT INTO buckets AS b (item_id, hour_start, period_start, total, events, late_events, "  # noqa: S608
+        f"INSERT INTO {table} AS b (item_id, hour_start, period_start, total, events, late_events, "  # noqa: S608
         "first_event, last_event, first_arrival, last_arrival, closed"
         + (", last_key" if is_last else "")
         + ") SELECT u.i, u.h, u.p, u.t * 0.000000001, u.n, u.l, u.f, u.e, a.f, a.l, "

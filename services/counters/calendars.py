@@ -21,6 +21,7 @@ from typing import Any, LiteralString
 import psycopg
 
 from services.counters.config import TENANT_CALENDAR
+from services.counters.decisions import hold_beside_the_log
 from services.counters.ledger import GROUP
 from services.counters.windows import OLDEST_US
 from services.streaming.faults import fault_point
@@ -106,6 +107,7 @@ def carry_out_changes(db: Connection, now_us: int | None = None, *, seconds_max:
 def _carry_out_next(db: Connection, began: datetime, now_us: int) -> int | None:
     """One round of the change tried least lately; None when every change was tried since ``began``."""
     with db.transaction():
+        hold_beside_the_log(db)
         change = db.execute(_NEXT_CHANGE, (began,)).fetchone()
         if change is None:
             return None

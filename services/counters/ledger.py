@@ -6,7 +6,7 @@
 4. remember the ids, set-wise, and learn which were there before;
 5. lock the items and read their watermarks;
 6. decide every event's outcome (pure);
-7. write items, buckets, accounts, adjustments, conflicts and the outbox;
+7. write items, buckets, accounts, decisions, adjustments, conflicts and the outbox;
 8. move the position. Commit.
 
 Rows are locked in one order by everyone (position, ids ascending, items ascending), so two workers can wait
@@ -25,6 +25,7 @@ import psycopg
 
 from services.counters import buckets
 from services.counters.config import Configuration, load_configuration, read_version
+from services.counters.decisions import keep_decisions
 from services.counters.prepare import (
     DAY_US,
     OUTCOMES,
@@ -84,10 +85,11 @@ class TooLate:
 
 @dataclass(slots=True)
 class Decisions:
-    """Outcomes that write more than a counter."""
+    """Outcomes that write more than a counter. ``uncounted``: indexes of records that count nowhere yet."""
 
     too_late: list[TooLate] = field(default_factory=list)
     conflicts: list[tuple[Event, FirstSeen]] = field(default_factory=list)
+    uncounted: list[int] = field(default_factory=list)
 
 
 class Counters:
@@ -196,6 +198,7 @@ class Counters:
         revised = buckets.write(db, prepared.items.values(), arrivals_us)  # 7
         with db.pipeline():
             write_accounts(db, prepared)
+            keep_decisions(db, prepared, decisions.uncounted)
             rows = parked_rows(chunk, prepared.parked, now_us)
             rows.extend(adjustment_row(db, chunk, one) for one in decisions.too_late)
             to_park = rows_to_park(chunk, prepared.parked)
@@ -273,7 +276,8 @@ def decide(
     later for the lateness window. For the limits of age they arrive then: Stripe takes nothing older, and
     meanwhile their keys may have been counted and forgotten.
     """
-    decisions = Decisions()
+    decisions = Decisions(uncounted=[one.index for one in prepared.parked])
+    uncounted = decisions.uncounted
     records = prepared.chunk.records
     tp = prepared.chunk.partition
     age_max_us = min(OLDEST_US, key_age_us)
@@ -281,6 +285,7 @@ def decide(
         index, event_id, digest, item, occurred, amount, key = event
         account = item.account
         if known and (first := known.get(event_id)) is not None:
+            uncounted.append(index)
             if first.digest == digest:
                 account.duplicate += 1
             else:
@@ -301,12 +306,14 @@ def decide(
             account.late_counted += 1
             add(item, occurred, amount, key, 1)
         else:
+            uncounted.append(index)
             account.adjusted += 1
             resend = occurred < arrival_us - key_age_us
             decisions.too_late.append(TooLate(event, watermark, resend, max(watermark, arrival_us)))
     if prepared.repeats:
         firsts = {event[1]: event for event in prepared.events}
         for event in prepared.repeats:
+            uncounted.append(event[0])
             original = firsts[event[1]]
             first = known.get(event[1]) or FirstSeen(
                 original[2], USAGE_VERSIONS[tp.topic], tp.partition, records[original[0]].offset

@@ -176,7 +176,7 @@ class Preparer:
         prepared = Prepared(chunk, config.version)
         expected = released()["usage_event", topics.USAGE_VERSIONS[chunk.partition.topic]]
         expected_headers = ((SCHEMA_HEADER, expected.name.encode()),)
-        decode = self._decoder.decode
+        decode, to_current = self._decoder.decode, self.to_current
         seen: set[bytes] = set()
         for index, raw in enumerate(chunk.records):
             record: Record = {}
@@ -185,7 +185,7 @@ class Preparer:
                 if schema is not expected or raw.headers != expected_headers:
                     _check_agreement(schema, expected, raw)
                 if schema is not self._current:
-                    record = self._upcasters.to_current(schema.subject, schema.version, record)
+                    record = to_current(schema, record)
             except (Undecodable, UnknownSchema) as error:
                 prepared.parked.append(_upcast_failure(index, error.reason, "decode", error, {}))
                 continue
@@ -197,26 +197,49 @@ class Preparer:
             except Rejected as error:
                 prepared.parked.append(_dead_letter(index, error.reason, record))
                 continue
-            event = self._event(prepared, config, index, raw.timestamp * 1000, record)
-            if event is None:
+            try:
+                item, occurred, amount = self.measure(prepared, config, raw.timestamp * 1000, record)
+            except Invalid as error:
+                prepared.parked.append(_dead_letter(index, error.reason, record))
                 continue
-            if event[1] in seen:
+            item.account.received += 1
+            key = record["idempotency_key"]
+            event_id = event_id_hash(record["tenant_id"], key)
+            event = (index, event_id, content_digest(record), item, occurred, amount, key)
+            if event_id in seen:
                 prepared.repeats.append(event)
             else:
-                seen.add(event[1])
+                seen.add(event_id)
                 prepared.events.append(event)
         return prepared
 
-    def _event(
-        self, prepared: Prepared, config: Configuration, index: int, arrival_us: int, record: Record
-    ) -> Event | None:
-        """The event of a current record, or None when it was parked."""
-        tenant_id = record["tenant_id"]
-        item = prepared.items.get((tenant_id, record["customer_ref"], record["meter"]))
+    def read(self, value: bytes, expected: Schema) -> Record:
+        """The current record in ``value``, which was written to the topic of ``expected``.
+
+        Raises:
+            Poison, Rejected, MissingUpcaster, UpcasterFailed, InvalidAfterUpcast: it cannot be read.
+        """
+        schema, record = self._decoder.decode(value)
+        if schema is not expected:
+            raise UnknownSchema("unknown_schema", "topic and framing name different schemas")
+        return record if schema is self._current else self.to_current(schema, record)
+
+    def to_current(self, schema: Schema, record: Record) -> Record:
+        """``record`` upcast to the current version."""
+        return self._upcasters.to_current(schema.subject, schema.version, record)
+
+    def measure(
+        self, prepared: Prepared, config: Configuration, arrival_us: int, record: Record
+    ) -> tuple[Item, int, int]:
+        """The item of a current record, when it happened (µs), and what it is worth: billionths, or for a
+        ``unique`` meter the hash of the value.
+
+        Raises:
+            Invalid: it cannot be counted.
+        """
+        item = prepared.items.get((record["tenant_id"], record["customer_ref"], record["meter"]))
         if item is None:
-            item = _item(prepared, config, index, record)
-            if item is None:
-                return None
+            item = _item(prepared, config, record)
         quantity = int.from_bytes(record["quantity"], "big", signed=True)
         occurred = record["occurred_at"]
         if occurred is None:
@@ -228,33 +251,29 @@ class Preparer:
             and (0 if not item.meter.allow_negative else -_QUANTITY_LIMIT) <= quantity <= _QUANTITY_LIMIT
             and EARLIEST_US <= occurred <= arrival_us + FUTURE_TOLERANCE_US
         ):
-            prepared.parked.append(_dead_letter(index, _unfit(key, quantity, occurred, arrival_us), record))
-            return None
+            raise Invalid(_unfit(key, quantity, occurred, arrival_us), "", "")
         if item.meter.value_property is not None:
-            try:
-                quantity = _value(item.meter, record["properties"])
-            except Invalid as error:
-                prepared.parked.append(_dead_letter(index, error.reason, record))
-                return None
+            quantity = _value(item.meter, record["properties"])
         elif item.meter.aggregation == "count":
             quantity = QUANTITY_UNIT
-        item.account.received += 1
-        return (index, event_id_hash(tenant_id, key), content_digest(record), item, occurred, quantity, key)
+        return item, occurred, quantity
 
 
-def _item(prepared: Prepared, config: Configuration, index: int, record: Record) -> Item | None:
-    """The item of a record, made on first use; None when the record was parked."""
+def _item(prepared: Prepared, config: Configuration, record: Record) -> Item:
+    """The item of a record, made on first use.
+
+    Raises:
+        Invalid: the record names none.
+    """
     tenant_id, customer_ref, slug = record["tenant_id"], record["customer_ref"], record["meter"]
     reason = _unfit_identity(record)
     meter = config.meters.get((tenant_id, slug))
     if reason is not None or meter is None:
-        prepared.parked.append(_dead_letter(index, reason or "unknown_meter", record))
-        return None
+        raise Invalid(reason or "unknown_meter", "meter", "the record names no item")
     properties = record["properties"]
     values = tuple(properties.get(name, "") for name in meter.dimensions)
     if "" in values or any("\x00" in value for value in values):
-        prepared.parked.append(_dead_letter(index, "dimension_missing", record))
-        return None
+        raise Invalid("dimension_missing", "properties", "a dimension of this meter is missing")
     name = (tenant_id, customer_ref, slug, *values)
     item = prepared.items.get(name)
     if item is None:

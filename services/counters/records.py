@@ -35,12 +35,13 @@ def adjustment_row(db: psycopg.Connection[Any], chunk: Chunk, one: TooLate) -> O
     is_unique = meter.aggregation == "unique"
     quantity = QUANTITY_UNIT if is_unique else amount
     applied_hour = instant(hour_start(one.counted_us)) if one.carried else None
+    counted_at = instant(one.counted_us) if one.carried else None
     db.execute(
         "INSERT INTO adjustments "
         "(adjustment_id, item_id, tenant_id, customer_ref, meter, idempotency_key, quantity, unique_value, "
-        "occurred_at, arrived_at, watermark, policy, reason, state, applied_hour, applied_at, topic, "
-        'partition, "offset") '
-        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) "
+        "occurred_at, arrived_at, watermark, policy, reason, state, applied_hour, counted_at, applied_at, "
+        'topic, partition, "offset") '
+        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) "
         "ON CONFLICT DO NOTHING",
         (
             uuid.UUID(bytes=event_id),
@@ -58,6 +59,7 @@ def adjustment_row(db: psycopg.Connection[Any], chunk: Chunk, one: TooLate) -> O
             "beyond_retention" if one.resend else "too_late",
             "applied" if one.carried else "pending",
             applied_hour,
+            counted_at,
             instant(arrived) if one.carried else None,
             tp.topic,
             tp.partition,

@@ -16,6 +16,7 @@ import psycopg
 
 from services.counters import buckets
 from services.counters.config import Configuration, load_configuration, read_version
+from services.counters.decisions import hold_beside_the_log, keep_recounted
 from services.counters.ledger import (
     GROUP,
     Decisions,
@@ -64,6 +65,7 @@ class UsageRetry:
         Raises:
             Transient: another worker counts one of these ids at this moment.
         """
+        hold_beside_the_log(db)
         register(db)
         if self._config is None or self._config.version != read_version(db):
             self._config = self._load(db)
@@ -86,6 +88,7 @@ class UsageRetry:
         arrivals = [record.timestamp * 1000 for record in records]
         buckets.write(db, prepared.items.values(), (min(arrivals), max(arrivals)))
         write_accounts(db, prepared)
+        keep_recounted(db, prepared, decisions.uncounted)
         _leave_accounts(db, tp, records)
         rows = [adjustment_row(db, chunk, one) for one in decisions.too_late]
         for event, first in decisions.conflicts:

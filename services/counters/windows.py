@@ -47,13 +47,17 @@ def add(item: Item, at_us: int, amount: int, key: str, late: int) -> None:
     """Count one event into the hour and period of ``at_us``, as the item's meter aggregates.
 
     ``amount`` is in billionths; for a ``unique`` meter it is the hash of the value. The item's calendar must
-    be known. One function, because it runs for every event.
+    be known.
     """
     if not item.period_start <= at_us < item.period_end:
         require(item.calendar is not None, "an item's calendar is not known yet")
         assert item.calendar is not None  # noqa: S101  (for the type checker; require() is the check)
         item.period_start, item.period_end = item.calendar.bounds(at_us)
-    place = (at_us - at_us % HOUR_US, item.period_start)
+    add_to(item, (at_us - at_us % HOUR_US, item.period_start), at_us, amount, key, late)
+
+
+def add_to(item: Item, place: tuple[int, int], at_us: int, amount: int, key: str, late: int) -> None:
+    """Count one event into the bucket of this (hour start, period start)."""
     bucket = item.buckets.get(place)
     if bucket is None:
         bucket = item.buckets[place] = Bucket(at_us, at_us)

@@ -30,9 +30,9 @@ def ensure_positions(db: Connection, consumer: str, starts: Mapping[Partition, i
     """Create the rows of partitions that this consumer group never read; ``starts`` is the log start."""
     with db.transaction():
         db.cursor().executemany(
-            "INSERT INTO partition_offsets (consumer, topic, partition, start_offset, next_offset) "
-            "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-            [(consumer, tp.topic, tp.partition, start, start) for tp, start in starts.items()],
+            "INSERT INTO partition_offsets (consumer, topic, partition, start_offset, next_offset, "
+            "decided_from, decided_to) VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            [(consumer, tp.topic, tp.partition, *([start] * 4)) for tp, start in starts.items()],
         )
 
 
@@ -61,9 +61,10 @@ def advance(
 ) -> None:
     """Move the locked row forward. Never back: a rewind belongs to the operator's own command."""
     db.execute(
-        "UPDATE partition_offsets SET next_offset = %s, parked_offsets = %s, updated_at = now() "
-        "WHERE consumer = %s AND topic = %s AND partition = %s AND next_offset <= %s",
-        (next_offset, parked_offsets, consumer, tp.topic, tp.partition, next_offset),
+        "UPDATE partition_offsets SET next_offset = %s, parked_offsets = %s, updated_at = now(), "
+        "decided_from = CASE WHEN decided_to = next_offset THEN decided_from ELSE next_offset END, "
+        "decided_to = %s WHERE consumer = %s AND topic = %s AND partition = %s AND next_offset <= %s",
+        (next_offset, parked_offsets, next_offset, consumer, tp.topic, tp.partition, next_offset),
     )
 
 
@@ -107,7 +108,8 @@ def accept_lost(db: Connection, starts: Mapping[Partition, int]) -> list[tuple[s
     moved = []
     for tp, start in starts.items():
         rows = db.execute(
-            "UPDATE partition_offsets p SET next_offset = %(start)s, "
+            "UPDATE partition_offsets p SET next_offset = %(start)s, decided_to = %(start)s, "
+            "decided_from = CASE WHEN p.decided_to = old.next_offset THEN p.decided_from ELSE %(start)s END, "
             "start_offset = p.start_offset + %(start)s - old.next_offset "
             "FROM (SELECT consumer, next_offset FROM partition_offsets WHERE topic = %(topic)s "
             "  AND partition = %(partition)s AND halted = 'offset_gap' AND next_offset < %(start)s "

@@ -25,6 +25,8 @@ NAMES: Final = frozenset(
         "parked_redriven",
         "parked_discarded",
         "redrive_paused",
+        "replay_applied",
+        "replay_failed",
         # every consumer
         "partition_halted",
         "records_lost",

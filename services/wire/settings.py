@@ -116,6 +116,10 @@ class Settings(BaseSettings):
         1.0, gt=0, le=86_400, description="Pause between two rounds of closing."
     )
 
+    replay_records_max: int = Field(
+        20_000_000, ge=1, description="Records that one replay reads, unless it is forced."
+    )
+
     invoice_grace_seconds: float = Field(
         3600.0, ge=0, le=259_200, description="From a period's end to the moment its invoice is final."
     )

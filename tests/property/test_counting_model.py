@@ -323,6 +323,7 @@ class Logged:
 TABLES = [
     *("meters", "customers", "tenants", "calendar_changes"),
     *("partition_offsets", "partition_accounts", "seen_current", "adjustments", "parked_records"),
+    *("uncounted_records", "recounted_records", "log_blocks"),
     *("items", "buckets", "item_periods", "unique_values", "carry_forwards"),
     *("outbox", "deltas", "meter_events"),
 ]

@@ -1,0 +1,179 @@
+"""The log by offsets: what Kafka still has, and before that what the archive has, as one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from services.streaming.chunks import Partition, RawRecord
+from services.wire.errors import Transient
+
+#: Offset, arrival (milliseconds since 1970), and value of a record.
+Record = tuple[int, int, bytes]
+
+BATCH_RECORDS = 10_000
+_SILENCE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Records of one partition, from ``start`` to before ``end``."""
+
+    tp: Partition
+    start: int
+    end: int
+
+    @property
+    def records(self) -> int:
+        """How many that is."""
+        return self.end - self.start
+
+
+class Archived(Protocol):
+    """An archive of usage topics: see ``services.archive.files``."""
+
+    def held(self, tp: Partition) -> list[tuple[int, int]]: ...
+    def read(self, tp: Partition, start: int, end: int) -> Iterator[Sequence[RawRecord]]: ...
+
+
+class Log:
+    """Reads ranges in a consumer group of its own. Use it in one thread; close it."""
+
+    def __init__(self, bootstrap: str, group: str, archive: Archived | None = None) -> None:
+        self.group = group
+        self.archive = archive
+        self.admin = AdminClient({"bootstrap.servers": bootstrap, "socket.timeout.ms": 10_000})
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": bootstrap,
+                "group.id": group,
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "error",
+                "queued.max.messages.kbytes": 32 * 1024,
+                # A fetch at the end of one partition must not hold up the first fetch of the next.
+                "fetch.wait.max.ms": 10,
+                "check.crcs": True,
+            }
+        )
+
+    def close(self) -> None:
+        """Leave Kafka."""
+        self._consumer.close()
+
+    def read(self, one: Range, log_start: int) -> Iterator[Sequence[Record]]:
+        """The records of a range, in batches, in offset order; below ``log_start`` they are the archive's.
+
+        Raises:
+            Transient: Kafka does not answer.
+        """
+        at = one.start
+        if at < log_start and self.archive is not None:
+            for kept in self.archive.read(one.tp, at, min(one.end, log_start)):
+                yield [(raw.offset, raw.timestamp, raw.value or b"") for raw in kept]
+            at = min(one.end, log_start)
+        if at < one.end:
+            yield from self._fetch(one.tp, at, one.end)
+
+    def _fetch(self, tp: Partition, start: int, end: int) -> Iterator[Sequence[Record]]:
+        consumer = self._consumer
+        consumer.assign([TopicPartition(tp.topic, tp.partition, start)])
+        heard = time.monotonic()
+        try:
+            while True:
+                # A batch never goes past the end, so what was fetched beyond it costs nothing.
+                messages = consumer.consume(min(BATCH_RECORDS, end - start + 1), timeout=0.2)
+                if not messages:
+                    if time.monotonic() - heard > _SILENCE_SECONDS:
+                        raise Transient(f"Kafka sends nothing of {tp.topic}/{tp.partition} from {start} on")
+                    continue
+                heard = time.monotonic()
+                good = [message for message in messages if message.error() is None]
+                at_end = len(good) < len(messages) and any(
+                    _is_end(message.error()) for message in messages if message.error() is not None
+                )
+                batch: list[Any] = [(m.offset(), m.timestamp()[1], m.value() or b"") for m in good]
+                if batch:
+                    start = batch[-1][0] + 1
+                    if start > end:
+                        batch = [record for record in batch if record[0] < end]
+                    if batch:
+                        yield batch
+                if at_end or start >= end:
+                    return
+        except KafkaException as error:
+            raise Transient("Kafka does not answer") from error
+        finally:
+            consumer.unassign()
+
+    def first_arrival(self, tp: Partition, offset: int) -> int | None:
+        """When the record at ``offset``, or the next after it, arrived (ms); None: there is none."""
+        consumer = self._consumer
+        consumer.assign([TopicPartition(tp.topic, tp.partition, offset)])
+        deadline = time.monotonic() + _SILENCE_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                message = consumer.poll(0.2)
+                if message is None:
+                    continue
+                error = message.error()
+                if error is None:
+                    return int(message.timestamp()[1])
+                if _is_end(error):
+                    return None
+        except KafkaException as error:
+            raise Transient("Kafka does not answer") from error
+        finally:
+            consumer.unassign()
+        raise Transient(f"Kafka sends nothing of {tp.topic}/{tp.partition}")
+
+    def offsets_at(self, partitions: Sequence[Partition], at_us: int) -> dict[Partition, int]:
+        """The first offset that arrived at ``at_us`` or later; -1: none did.
+
+        Raises:
+            Transient: Kafka does not answer.
+        """
+        asked = [TopicPartition(tp.topic, tp.partition, -(-at_us // 1000)) for tp in partitions]
+        try:
+            found = self._consumer.offsets_for_times(asked, timeout=_SILENCE_SECONDS) if asked else []
+        except KafkaException as error:
+            raise Transient("Kafka does not answer") from error
+        return {Partition(one.topic, one.partition): one.offset for one in found}
+
+    def commit(self, positions: dict[Partition, int]) -> None:
+        """Tell the group's position, for whoever watches its lag. Nothing depends on it."""
+        offsets = [TopicPartition(tp.topic, tp.partition, offset) for tp, offset in positions.items()]
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._NO_OFFSET:
+                raise Transient("Kafka does not answer") from error
+
+    def forget_group(self) -> None:
+        """Delete the group: a replay that has ended has no lag."""
+        self._consumer.close()
+        for future in self.admin.delete_consumer_groups([self.group], request_timeout=10).values():
+            try:
+                future.result()
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code not in (KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP):
+                    raise Transient("Kafka does not answer") from error
+
+
+def _is_end(error: Any) -> bool:
+    """Whether it says the end of the partition; other errors of a fetch are for a retry.
+
+    Raises:
+        Transient: the records cannot be fetched.
+    """
+    if error.code() == KafkaError._PARTITION_EOF:
+        return True
+    if error.retriable() or error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN):
+        return False
+    raise Transient(f"Kafka refuses to send records: {error.name()}")

@@ -1,0 +1,82 @@
+"""The plan of a replay, as it is shown: what was read, what would change, and a hash of exactly that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated
+
+import msgspec
+
+#: Hours that a plan lists, at most; it counts and hashes all of them.
+HOURS_SHOWN = 1000
+
+
+class PlannedRange(msgspec.Struct, frozen=True, rename="camel"):
+    """Records of one partition that are read: from an offset to before the other."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+class PlannedHour(msgspec.Struct, frozen=True, rename="camel"):
+    """One hour of an item, in one billing period, before and after."""
+
+    hour: datetime
+    period_start: datetime
+    before: Decimal
+    after: Decimal
+    delta: Decimal
+    events_before: int
+    events_after: int
+
+
+class PlannedItem(msgspec.Struct, frozen=True, rename="camel"):
+    """One item that changes. `before` and `after` add up the hours that are listed."""
+
+    tenant_id: str
+    customer_ref: str
+    meter: str
+    dimensions: list[str]
+    before: Decimal
+    after: Decimal
+    delta: Decimal
+    hours: list[PlannedHour]
+
+
+class PlannedTotal(msgspec.Struct, frozen=True, rename="camel"):
+    """Everything of one meter in the window, before and after: its events, and its hours added up."""
+
+    tenant_id: str
+    meter: str
+    events_before: int
+    events_after: int
+    before: Decimal
+    after: Decimal
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What a replay changes, or has changed.
+
+    `since` and `until` are the full hours that were recomputed; null: without bound. `planHash` goes into an
+    apply that shall do this and nothing else. `unreadable` are records, by reason, that counted once and
+    cannot be counted by this release.
+    """
+
+    since: datetime | None
+    until: datetime | None
+    ranges: list[PlannedRange]
+    records_read: int
+    events_matched: int
+    unreadable: Mapping[str, int]
+    changed_hours: int
+    changed_items: int
+    changed_values: int
+    changed_watermarks: int
+    items: list[PlannedItem]
+    truncated: Annotated[bool, msgspec.Meta(description="Whether more changes than are listed.")]
+    totals: list[PlannedTotal]
+    plan_hash: str

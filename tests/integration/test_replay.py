@@ -1,0 +1,341 @@
+"""Replays beside one real worker: what a dry run finds, and what an apply puts right."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from services.replay.running import Replayer
+from services.streaming import replays
+from services.streaming.replay_plan import Plan
+from services.streaming.replays import RefusedReplay, ReplayRequest
+from services.wire.settings import load_settings
+from tests.conftest import Servers
+from tests.oracle import DAY_S, HOUR_S, Usage
+from tests.pipeline import Pipeline, Worker, trim_topics
+
+NOW_S = int(time.time())
+COUNTED = (
+    "SELECT item_id, hour_start, period_start, trim_scale(total), events, first_event, last_event, last_key, "
+    "trim_scale(closed), trim_scale(pushed), sequence FROM buckets JOIN items i USING (item_id) "
+    "WHERE i.tenant_id = %s ORDER BY 1, 2, 3"
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(
+    servers: Servers, kafka_bootstrap: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pipeline]:
+    """One worker for all tests here; each has a tenant of its own."""
+    trim_topics(kafka_bootstrap)
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(servers.postgres, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
+        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
+        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("replay"))
+        try:
+            yield pipeline
+        finally:
+            pipeline.close()
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def worker(pipeline: Pipeline) -> Worker:
+    return pipeline.worker().start().await_healthy()
+
+
+@dataclass
+class Scene:
+    """One tenant with a meter of each aggregation, and replays of it."""
+
+    pipeline: Pipeline
+    tenant: str
+    replayer: Replayer
+
+    def usage(
+        self, key: str, quantity: str | int = 1, at_s: float = NOW_S - 600, meter: str = "sum", **more: Any
+    ) -> Usage:
+        names = {"tenant": self.tenant, "customer": "cus_1", "meter": meter, **more}
+        return Usage(quantity=Decimal(quantity), key=key, occurred_s=at_s, **names)
+
+    def feed(self, *usages: Usage) -> None:
+        self.pipeline.send(*usages)
+        self.pipeline.await_quiet()
+
+    def request(self, **more: Any) -> ReplayRequest:
+        return ReplayRequest(**{"tenant_id": self.tenant, "since": "-PT72H", **more})
+
+    def dry_run(self, **more: Any) -> Plan:
+        return self.replayer.dry_run(self.request(**more))
+
+    def apply(self, **more: Any) -> dict[str, Any]:
+        """Ask for it, and carry it out; what is kept of it."""
+        request = self.request(mode="apply", **more)
+        now = datetime.now(UTC)
+        with self.pipeline.database() as db:
+            scope = replays.resolve(db, request, now)
+            replay_id = replays.request_apply(db, request, scope, by="cli:test", now=now)
+        with self.replayer.connect() as db:
+            assert self.replayer.step(db) == replay_id
+            return dict(replays.show(db, replay_id))
+
+    def damage(self, change: str, *values: Any) -> int:
+        """Change buckets ``b`` of this tenant by hand; how many."""
+        with self.pipeline.database() as db:
+            return db.execute(
+                f"UPDATE buckets b SET {change} FROM items i "
+                "WHERE i.item_id = b.item_id AND i.tenant_id = %s",
+                (*values, self.tenant),
+            ).rowcount
+
+    def counted(self) -> list[tuple[Any, ...]]:
+        return self.pipeline.query(COUNTED, self.tenant)
+
+    def total(self, meter: str = "sum") -> Decimal:
+        return self.pipeline.total((self.tenant, "cus_1", meter))
+
+
+@pytest.fixture(scope="module")
+def replayer(pipeline: Pipeline) -> Replayer:
+    return Replayer(load_settings(kafka_bootstrap=pipeline.kafka, postgres_dsn=pipeline.dsn))
+
+
+@pytest.fixture
+def scene(pipeline: Pipeline, worker: Worker, replayer: Replayer) -> Scene:
+    tenant = f"t{uuid.uuid4().hex[:8]}"
+    pipeline.tenant(tenant)
+    for aggregation in ("sum", "count", "max", "last"):
+        pipeline.meter(tenant, aggregation, aggregation, lateness_s=2 * DAY_S)
+    pipeline.meter(tenant, "unique", "unique", value_property="user", lateness_s=2 * DAY_S)
+    return Scene(pipeline, tenant, replayer)
+
+
+def history(scene: Scene, seed: int, number: int = 300) -> list[Usage]:
+    """Usage of all meters and versions: disordered, with duplicates, conflicts, and some too late."""
+    chance = random.Random(seed)  # noqa: S311
+    usages: list[Usage] = []
+    for place in range(number):
+        at_s = NOW_S - chance.randrange(60, 30 * HOUR_S)
+        if chance.random() < 0.03:
+            at_s = NOW_S - 9 * DAY_S
+        meter = chance.choice(["sum", "count", "max", "last", "unique"])
+        more: dict[str, Any] = (
+            {"properties": {"user": f"u{chance.randrange(12)}"}} if meter == "unique" else {}
+        )
+        usages.append(
+            scene.usage(
+                f"k{place}", chance.randrange(1, 50), at_s, meter, customer=f"cus_{place % 5}", **more
+            )
+        )
+    usages += chance.sample(usages, number // 10)
+    clashes = chance.sample(usages, number // 20)
+    usages += [
+        scene.usage(one.key, one.quantity + 1, one.occurred_s or 0, one.meter, customer=one.customer)
+        for one in clashes
+        if one.meter != "unique"
+    ]
+    return usages
+
+
+def test_a_replay_of_what_was_never_damaged_finds_nothing_whatever_happened_to_it(scene: Scene) -> None:
+    scene.feed(*history(scene, 1))
+    plan = scene.dry_run()
+    assert (plan.changed_hours, plan.changed_values, plan.changed_watermarks) == (0, 0, 0), plan
+    assert plan.events_matched > 200 and plan.unreadable == {}
+    assert plan.totals and all(
+        (one.before, one.events_before) == (one.after, one.events_after) for one in plan.totals
+    )
+
+
+def test_a_dry_run_changes_no_row_and_no_offset(scene: Scene) -> None:
+    scene.feed(*history(scene, 2, 60))
+    scene.damage("total = total + 5")
+    before = snapshot(scene)
+    plan = scene.dry_run()
+    assert plan.changed_hours > 0
+    assert snapshot(scene) == before
+
+
+def snapshot(scene: Scene) -> dict[str, Any]:
+    """Every row of every table, every committed offset, and the end of every topic."""
+    tables = scene.pipeline.query("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
+    rows = {table: scene.pipeline.query(f"SELECT t::text FROM {table} t ORDER BY 1") for (table,) in tables}
+    groups = sorted(group.group_id for group in scene.pipeline.admin.list_consumer_groups().result().valid)
+    return {"rows": rows, "committed": scene.pipeline.committed(), "groups": groups,
+            "ends": scene.pipeline.log_bounds()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "total = total + 7",
+        "total = 0",
+        "total = total - 1, events = events + 3",
+        "first_event = first_event + interval '1 second'",
+    ],
+)
+def test_rows_that_were_damaged_by_hand_are_repaired_as_the_plan_said(scene: Scene, change: str) -> None:
+    scene.feed(*history(scene, 3, 120))
+    before = scene.counted()
+    assert scene.damage(change) > 0
+    assert scene.counted() != before
+    plan = scene.dry_run()
+    done = scene.apply(plan_hash=plan.plan_hash)
+    assert done["state"] == "done", done["error"]
+    assert done["result"]["planHash"] == plan.plan_hash
+    assert done["result"]["changedHours"] == plan.changed_hours
+    scene.pipeline.await_quiet()
+    assert scene.counted() == before
+    assert scene.dry_run().changed_hours == 0
+
+
+def test_applied_twice_is_applied_once_and_a_stale_plan_is_refused(scene: Scene) -> None:
+    scene.feed(scene.usage("a", 10), scene.usage("b", 20))
+    scene.damage("total = total + 1")
+    plan = scene.dry_run()
+    assert scene.apply(plan_hash=plan.plan_hash)["state"] == "done"
+    again = scene.apply(plan_hash=plan.plan_hash)
+    assert (again["state"], again["result"]["changedHours"]) == ("done", 0)
+    scene.damage("total = total + 2")
+    refused = scene.apply(plan_hash=plan.plan_hash)
+    assert refused["state"] == "refused" and refused["error"].startswith("plan_stale")
+    assert scene.total() == 32
+    assert scene.apply()["state"] == "done"
+    assert scene.total() == 30
+
+
+def test_rows_that_are_gone_and_rows_that_never_were_are_put_right(scene: Scene) -> None:
+    scene.feed(*history(scene, 4, 80))
+    before = scene.counted()
+    with scene.pipeline.database() as db:
+        db.execute(
+            "DELETE FROM unique_values v USING items i WHERE i.item_id = v.item_id AND i.tenant_id = %s",
+            (scene.tenant,),
+        )
+        db.execute(
+            "INSERT INTO unique_values SELECT i.item_id, date_trunc('month', now(), 'UTC'), "
+            "gen_random_uuid(), date_trunc('hour', now() - interval '3 hours', 'UTC') FROM items i "
+            "WHERE tenant_id = %s AND meter = 'unique'",
+            (scene.tenant,),
+        )
+        db.execute(
+            "INSERT INTO buckets (item_id, hour_start, period_start, total, events, late_events, "
+            "first_event, last_event, first_arrival, last_arrival) "
+            "SELECT item_id, h, date_trunc('month', h, 'UTC'), 9, 2, 0, h, h, now(), now() FROM items, "
+            "date_trunc('hour', now() - interval '50 hours', 'UTC') h "
+            "WHERE tenant_id = %s AND meter = 'sum'",
+            (scene.tenant,),
+        )
+    assert scene.dry_run().changed_values > 0
+    assert scene.apply()["state"] == "done"
+    scene.pipeline.await_quiet()
+    assert [row for row in scene.counted() if row[4] or row[3]] == before
+
+
+def test_only_what_was_asked_for_is_touched(scene: Scene) -> None:
+    scene.feed(
+        *(
+            scene.usage(f"{c}{m}", 5, NOW_S - 600, m, customer=c)
+            for c in ("cus_1", "cus_2")
+            for m in ("sum", "max")
+        ),
+        scene.usage("old", 3, NOW_S - 20 * HOUR_S, customer="cus_1"),
+    )
+    scene.damage("total = total + 1")
+    assert scene.dry_run(metrics=("sum",)).changed_hours == 3
+    assert scene.dry_run(customer_ref="cus_2").changed_hours == 2
+    assert scene.dry_run(since="-PT2H").changed_hours == 4
+    assert scene.dry_run(metrics=("max",), customer_ref="cus_1", since="-PT2H").changed_hours == 1
+    assert scene.apply(metrics=("sum",), customer_ref="cus_1", since="-PT24H")["result"]["changedHours"] == 2
+    assert scene.dry_run().changed_hours == 3
+
+
+def test_a_window_by_arrival_and_by_offsets_covers_the_usage_that_arrived_there(scene: Scene) -> None:
+    began = datetime.now(UTC)
+    _, ends = scene.pipeline.log_bounds()
+    scene.feed(scene.usage("late", 3, NOW_S - 30 * HOUR_S), scene.usage("now", 4))
+    scene.damage("total = total + 1")
+    by_arrival = scene.dry_run(by="arrival", since=began.isoformat())
+    assert by_arrival.changed_hours == 2
+    assert by_arrival.since is not None and by_arrival.since <= began - timedelta(hours=29)
+    _, now = scene.pipeline.log_bounds()
+    offsets = tuple(
+        replays.OffsetRange(topic, number, ends[topic, number], end)
+        for (topic, number), end in now.items()
+        if end > ends[topic, number]
+    )
+    assert scene.dry_run(since=None, offsets=offsets).changed_hours == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "path"),
+    [
+        ({"since": "2026-01-01T00:00:00"}, "time_invalid", "since"),
+        ({"until": "yesterday"}, "time_invalid", "until"),
+        ({"since": "now", "until": "-PT1H"}, "window_invalid", "since"),
+        ({"tenant_id": "nobody"}, "tenant_unknown", "tenantId"),
+        ({"metrics": ("sum", "nothing")}, "meter_unknown", "metrics[1]"),
+        ({"since": None}, "window_missing", "since"),
+        ({"period": "now"}, "window_ambiguous", "period"),
+    ],
+)
+def test_a_request_that_means_nothing_is_refused_with_the_field(
+    scene: Scene, wrong: dict[str, Any], code: str, path: str
+) -> None:
+    with pytest.raises(RefusedReplay) as refused:
+        scene.dry_run(**wrong)
+    assert (refused.value.code, refused.value.path) == (code, path)
+
+
+def test_overlapping_replays_are_refused_with_the_id_of_the_other(scene: Scene) -> None:
+    scene.feed(scene.usage("a"))
+    now = datetime.now(UTC)
+    with scene.pipeline.database() as db:
+
+        def ask(**more: Any) -> int:
+            request = scene.request(mode="apply", **more)
+            return replays.request_apply(
+                db, request, replays.resolve(db, request, now), by="cli:test", now=now
+            )
+
+        first = ask(metrics=("sum",))
+        with pytest.raises(RefusedReplay) as refused:
+            ask(since="-PT1H")
+        assert (refused.value.code, refused.value.replay_id) == ("replay_overlaps", first)
+        second = ask(metrics=("max",))
+        assert replays.cancel(db, first, by="cli:test")
+        assert not replays.cancel(db, first, by="cli:test")
+        with scene.replayer.connect() as own:
+            assert scene.replayer.step(own) == second
+            assert scene.replayer.step(own) is None
+        assert [row["state"] for row in replays.find(db, only_tenant=scene.tenant)] == ["done", "cancelled"]
+
+
+def test_a_window_that_begins_before_the_log_names_the_earliest_time_and_an_empty_one_is_empty(
+    scene: Scene, kafka_bootstrap: str
+) -> None:
+    assert scene.dry_run(since="2020-01-01T00:00:00Z", until="2020-02-01T00:00:00Z").changed_hours == 0
+    assert scene.dry_run(since="now", until="now").changed_hours == 0
+    scene.feed(scene.usage("a"))
+    _, ends = scene.pipeline.log_bounds()
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    gone = [TopicPartition(*tp, end) for tp, end in ends.items()]
+    for future in admin.delete_records(gone).values():
+        future.result()
+    for since in ("2020-01-01T00:00:00Z", "-PT24H"):
+        with pytest.raises(RefusedReplay, match="earliest it can begin is 20") as refused:
+            scene.dry_run(since=since)
+        assert (refused.value.code, refused.value.path) == ("window_not_held", "since")
