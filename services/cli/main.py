@@ -24,6 +24,7 @@ from services.cli.bench import bench
 from services.cli.bridge import bridge
 from services.cli.demo import demo
 from services.cli.keys import keys_app
+from services.cli.offsets import offsets_app
 from services.cli.schemas import schemas_app
 from services.cli.send import send
 from services.cli.webhooks import webhooks_app
@@ -89,6 +90,7 @@ app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
 app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(keys_app, name="keys")
+app.add_typer(offsets_app, name="offsets")
 app.add_typer(schemas_app, name="schemas")
 
 

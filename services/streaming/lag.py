@@ -1,4 +1,4 @@
-"""Read the lag of a consumer group with the brokers' own numbers, not with the consumer's view of them."""
+"""Read logs and the lag of a consumer group with the brokers' own numbers, not with the consumer's view."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.admin._listoffsets import OffsetSpec
+from confluent_kafka.admin._listoffsets import ListOffsetsResultInfo, OffsetSpec
 
 from services.streaming.chunks import Partition
+from services.streaming.resetting import First
 from services.wire.errors import Transient
 
 
@@ -49,23 +50,45 @@ def log_ends(
     return _list_offsets(admin, partitions, OffsetSpec.latest(), timeout_s)  # type: ignore[no-untyped-call]
 
 
+def first_records(
+    admin: AdminClient, partitions: Iterable[Partition], at_ms: int, timeout_s: float = 10.0
+) -> dict[Partition, First | None]:
+    """The first record whose timestamp is ``at_ms`` or later, for each partition; None when there is none.
+
+    Raises:
+        Transient: the brokers do not answer.
+    """
+    spec = OffsetSpec.for_timestamp(max(0, at_ms))  # below 0 they mean something else
+    firsts = {
+        tp: First(found.offset, found.timestamp) if found.offset >= 0 else None
+        for tp, found in _ask(admin, partitions, spec, timeout_s).items()
+    }
+    # A broker that died under the question has said the same as one without such a record: see below.
+    log_ends(admin, [tp for tp, first in firsts.items() if first is None], timeout_s)
+    return firsts
+
+
 def _list_offsets(
     admin: AdminClient, partitions: Iterable[Partition], spec: OffsetSpec, timeout_s: float
 ) -> dict[Partition, int]:
+    offsets = {tp: found.offset for tp, found in _ask(admin, partitions, spec, timeout_s).items()}
+    # When a broker dies under a question, librdkafka answers with less than 0 and without an error.
+    if min(offsets.values(), default=0) < 0:
+        raise Transient("Kafka does not answer")
+    return offsets
+
+
+def _ask(
+    admin: AdminClient, partitions: Iterable[Partition], spec: OffsetSpec, timeout_s: float
+) -> dict[Partition, ListOffsetsResultInfo]:
     wanted = {TopicPartition(tp.topic, tp.partition): spec for tp in partitions}
     if not wanted:
         return {}
     try:
         futures = admin.list_offsets(wanted, request_timeout=timeout_s)
-        offsets = {
-            Partition(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()
-        }
+        return {Partition(tp.topic, tp.partition): future.result() for tp, future in futures.items()}
     except KafkaException as error:
         raise Transient("Kafka does not answer") from error
-    # When a broker dies under a question, librdkafka answers with less than 0 and without an error.
-    if min(offsets.values()) < 0:
-        raise Transient("Kafka does not answer")
-    return offsets
 
 
 def behind(ends: Mapping[Partition, int], positions: Mapping[Partition, int]) -> dict[Partition, int]:

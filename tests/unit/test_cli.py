@@ -56,7 +56,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
     wanted = (
         *("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume"),
-        *("periods changes", "periods carried"),
+        *("periods changes", "periods carried", "offsets show", "offsets reset"),
     )
     assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
 
@@ -99,6 +99,18 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("resume", "no PostgreSQL address: set TIDEMETER_POSTGRES_DSN"),
         ("resume --partition usage.v3", "'usage.v3' is not topic/number, such as usage.v3/0"),
         ("resume --partition usage.v3/x", "is not topic/number"),
+        ("offsets show", "no Kafka address"),
+        ("offsets reset --group tidemeter-pusher --to-current", "no Kafka address"),
+        ("offsets reset --group tidemeter-pusher", "say where to, by exactly one of --to-datetime"),
+        ("offsets reset --group tidemeter-pusher --to-current --shift-by -1", "by exactly one of"),
+        (
+            "offsets reset --group tidemeter-pusher --to-datetime 2026-01-31T13:37:42",
+            "'2026-01-31T13:37:42' is no time: write 2026-01-31T13:37:42Z, 2026-01-31T14:37:42+01:00",
+        ),
+        ("offsets reset --group tidemeter-pusher --by-duration 24h", "'24h' is no duration: write PT24H"),
+        ("offsets reset --group tidemeter-pusher --by-duration -PT24H", "'-PT24H' is no duration"),
+        ("offsets reset --group tidemeter-pusher --by-duration P1M", "'P1M' is no duration"),
+        ("offsets reset --group tidemeter-pusher --to-earliest --wait 3", "--wait is for --execute"),
         ("meter-events list", "no PostgreSQL address"),
         ("meter-events show x", "no PostgreSQL address"),
         ("meter-events retry --tenant acme", "no PostgreSQL address"),
@@ -139,6 +151,11 @@ def test_misuse_is_one_sentence_that_says_what_to_do(
         "adjustments approve",
         "adjustments list --state open",
         "periods changes --limit 0",
+        "offsets reset --to-current",
+        "offsets reset --group strangers --to-current",
+        "offsets reset --group tidemeter-pusher --to-latest",
+        "offsets reset --group tidemeter-pusher --to-offset -1",
+        "offsets show --group tidemeter-counters-__assignor-__leader",
         "keys create --tenant acme",
         "keys create --tenant acme --scope everything",
         "keys create --tenant acme --scope ingest --expires-days 0",
