@@ -444,7 +444,20 @@ class Pipeline:
         with self.database() as db:
             db.execute("SET deadlock_timeout = '20s'")  # if two orders of locks meet, the worker retries
             db.execute(
-                "WITH held AS (SELECT item_id, hour_start, period_start FROM buckets WHERE open "
+                "INSERT INTO meter_events (identifier, item_id, tenant_id, meter, period_start, period_end, "
+                "hour_start, event_name, stripe_customer, customer_payload_key, value_payload_key, amount, "
+                "event_at, state, attempts, first_sent_at, settled_at, formula) "
+                "SELECT d.identifier, d.item_id, i.tenant_id, i.meter, d.period_start, d.period_start, "
+                "d.hour_start, m.event_name, i.customer_ref, m.customer_payload_key, m.value_payload_key, "
+                "d.amount, d.hour_start, 'reported', 1, now(), now(), "
+                "CASE aggregation WHEN 'last' THEN 'last' ELSE 'sum' END "
+                "FROM deltas d JOIN items i USING (item_id) JOIN meters m USING (tenant_id, meter) "
+                "WHERE NOT EXISTS (SELECT FROM meter_events e WHERE e.identifier = d.identifier)"
+            )
+            db.execute(
+                "WITH held AS (SELECT item_id, hour_start, period_start FROM buckets b WHERE open "
+                "AND NOT EXISTS (SELECT FROM deltas d LEFT JOIN meter_events e USING (identifier) "
+                "WHERE (d.item_id, d.hour_start) = (b.item_id, b.hour_start) AND e.identifier IS NULL) "
                 "ORDER BY item_id, hour_start, period_start FOR UPDATE) "
                 "UPDATE buckets b SET open = false FROM held WHERE (b.item_id, b.hour_start, b.period_start) "
                 "= (held.item_id, held.hour_start, held.period_start)"

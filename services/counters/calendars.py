@@ -168,7 +168,7 @@ def _move_item(db: Connection, item_id: Any, aggregation: str, text: str, now_us
         periods = sorted({move.old for move in moves} | {move.new for move in moves})
         if aggregation == "unique":
             _move_values(db, item_id, moves, periods)
-        _reckon_periods(db, item_id, aggregation, calendar, periods)
+        reckon_periods(db, item_id, aggregation, calendar, periods)
     db.execute(
         "UPDATE items SET calendar = %s, dirty_from = least(dirty_from, (SELECT min(hour_start) "
         "FROM buckets b WHERE b.item_id = items.item_id AND b.closed IS DISTINCT FROM b.total)) "
@@ -284,7 +284,7 @@ def _move_values(db: Connection, item_id: Any, moves: Sequence[Move], periods: S
     )
 
 
-def _reckon_periods(
+def reckon_periods(
     db: Connection, item_id: Any, aggregation: str, calendar: Calendar, periods: Sequence[datetime]
 ) -> None:
     """Put what closing kept of these periods together again, from their hours and what was carried.

@@ -13,6 +13,7 @@ from typing import Any, LiteralString
 
 from psycopg.rows import namedtuple_row
 
+from services.replay import books
 from services.replay.recompute import Connection
 from services.streaming.replays import Scope, bound
 
@@ -145,12 +146,13 @@ class Differences:
     items: int
     values: int
     watermarks: int
+    periods: int
     digest: str
 
     @property
     def any(self) -> bool:
         """Whether an apply would change anything."""
-        return bool(self.buckets or self.values or self.watermarks)
+        return bool(self.buckets or self.values or self.watermarks or self.periods)
 
 
 def prepare_tables(db: Connection, *, dry: bool) -> None:
@@ -158,6 +160,7 @@ def prepare_tables(db: Connection, *, dry: bool) -> None:
     if dry:
         db.execute(_DRY)
     db.execute(_DIFFERENCES)
+    db.execute(books.TABLES)
 
 
 def clear(db: Connection) -> None:
@@ -184,6 +187,7 @@ def compare(db: Connection, scope: Scope) -> Differences:
         db.execute(f"DELETE FROM {table}")  # noqa: S608  (TRUNCATE is no read-only statement)
     for statement in (_PERIODS, _OTHER_HOURS, _DISTINCT, _VALUE_CHANGES, _CHANGES, _WATERMARKS):
         db.execute(statement, values)
+    books.compare_books(db, values, scope=_IN_SCOPE, window=_IN_WINDOW)
     digest = hashlib.sha256()
     number, items, last = 0, 0, None
     for row in _ordered(db):
@@ -194,18 +198,20 @@ def compare(db: Connection, scope: Scope) -> Differences:
             f"{row.item_id} {row.hour_start:%s} {row.period_start:%s} {row.before} {row.after} "
             f"{row.events_before} {row.events_after} {row.first_event} {row.last_event}\n".encode()
         )
-    counts = []
+    counts: list[int] = []
     for statement in (
         "SELECT item_id, period_start, value, hour_start, is_missing FROM replay_value_changes "
         "ORDER BY 1, 2, 3, 4",
         "SELECT item_id, before, after FROM replay_watermarks ORDER BY 1",
+        "SELECT item_id, period_start, pushed, sent FROM replay_books ORDER BY 1, 2",
     ):
         counts.append(0)
         with db.cursor(name="differences") as cursor:
             for row in cursor.execute(statement):
                 counts[-1] += 1
                 digest.update(f"{row}\n".encode())
-    return Differences(number, items, counts[0], counts[1], digest.hexdigest())
+    values_changed, watermarks, periods_changed = counts
+    return Differences(number, items, values_changed, watermarks, periods_changed, digest.hexdigest())
 
 
 def _ordered(db: Connection) -> Iterator[Any]:
@@ -218,6 +224,19 @@ def changes(db: Connection, limit: int) -> list[Any]:
     """The first differences, as rows with the names of their items."""
     return (
         db.cursor(row_factory=namedtuple_row).execute(_ORDERED + " LIMIT %s", (limit,)).fetchall()  # noqa: S608
+    )
+
+
+def periods(db: Connection, limit: int) -> list[Any]:
+    """The first billing periods of which what is kept is not what was sent."""
+    return (
+        db.cursor(row_factory=namedtuple_row)
+        .execute(
+            "SELECT i.tenant_id, i.customer_ref, i.meter, p.period_start, p.pushed, p.sent "
+            "FROM replay_books p JOIN items i USING (item_id) ORDER BY p.item_id, p.period_start LIMIT %s",
+            (limit,),
+        )
+        .fetchall()
     )
 
 
@@ -237,7 +256,8 @@ ORDER BY item_id ON CONFLICT DO NOTHING
 _LOCK_ITEMS: LiteralString = """
 SELECT FROM items WHERE item_id IN (
     SELECT item_id FROM replay_changes UNION SELECT item_id FROM replay_watermarks
-    UNION SELECT item_id FROM replay_value_changes) ORDER BY item_id FOR UPDATE
+    UNION SELECT item_id FROM replay_value_changes UNION SELECT item_id FROM replay_books)
+ORDER BY item_id FOR UPDATE
 """
 _CORRECT: LiteralString = """
 UPDATE buckets b SET total = c.after, events = c.events_after,
@@ -276,10 +296,14 @@ def lock_changed(db: Connection) -> None:
     db.execute(_LOCK_ITEMS)
 
 
-def correct(db: Connection) -> None:
+def correct(db: Connection, scope: Scope) -> None:
     """Write what :func:`compare` found; the items are locked. Closing pushes the difference."""
+    books.lock_books(db)
     for statement in (_CORRECT, _RESTORE, *_CORRECT_VALUES, _MARK_DIRTY, _CORRECT_WATERMARKS):
         db.execute(statement)
+    books.compare_books(db, values_of(scope), scope=_IN_SCOPE, window=_IN_WINDOW)
+    books.keep_only_locked(db)
+    books.correct_books(db)
 
 
 def moved_calendars(db: Connection) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +13,14 @@ from confluent_kafka.admin import AdminClient
 from services.streaming.chunks import Partition, RawRecord
 from services.wire.errors import Transient
 
-#: Offset, arrival (milliseconds since 1970), and value of a record.
-Record = tuple[int, int, bytes]
+
+class Record(Protocol):
+    """A record as confluent-kafka has it: nothing is copied of what nobody asks for."""
+
+    def offset(self) -> int: ...
+    def timestamp(self) -> tuple[int, int]: ...  # kind; arrival, milliseconds since 1970
+    def value(self) -> bytes | None: ...
+
 
 BATCH_RECORDS = 10_000
 _SILENCE_SECONDS = 30.0
@@ -39,6 +45,24 @@ class Archived(Protocol):
 
     def held(self, tp: Partition) -> list[tuple[int, int]]: ...
     def read(self, tp: Partition, start: int, end: int) -> Iterator[Sequence[RawRecord]]: ...
+
+
+class _FromArchive:
+    """A record of the archive in that form."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: RawRecord) -> None:
+        self._raw = raw
+
+    def offset(self) -> int:
+        return self._raw.offset
+
+    def timestamp(self) -> tuple[int, int]:
+        return 2, self._raw.timestamp
+
+    def value(self) -> bytes | None:
+        return self._raw.value
 
 
 class Log:
@@ -75,7 +99,7 @@ class Log:
         at = one.start
         if at < log_start and self.archive is not None:
             for kept in self.archive.read(one.tp, at, min(one.end, log_start)):
-                yield [(raw.offset, raw.timestamp, raw.value or b"") for raw in kept]
+                yield [_FromArchive(raw) for raw in kept]
             at = min(one.end, log_start)
         if at < one.end:
             yield from self._fetch(one.tp, at, one.end)
@@ -87,21 +111,20 @@ class Log:
         try:
             while True:
                 # A batch never goes past the end, so what was fetched beyond it costs nothing.
-                messages = consumer.consume(min(BATCH_RECORDS, end - start + 1), timeout=0.2)
+                messages = consumer.consume(min(BATCH_RECORDS, end - start), timeout=0.2)
                 if not messages:
                     if time.monotonic() - heard > _SILENCE_SECONDS:
                         raise Transient(f"Kafka sends nothing of {tp.topic}/{tp.partition} from {start} on")
                     continue
                 heard = time.monotonic()
-                good = [message for message in messages if message.error() is None]
-                at_end = len(good) < len(messages) and any(
+                batch: list[Any] = [message for message in messages if message.error() is None]
+                at_end = len(batch) < len(messages) and any(
                     _is_end(message.error()) for message in messages if message.error() is not None
                 )
-                batch: list[Any] = [(m.offset(), m.timestamp()[1], m.value() or b"") for m in good]
                 if batch:
-                    start = batch[-1][0] + 1
-                    if start > end:
-                        batch = [record for record in batch if record[0] < end]
+                    start = batch[-1].offset() + 1
+                    if start > end:  # offsets may be missing, so there may be fewer records than offsets
+                        batch = [message for message in batch if message.offset() < end]
                     if batch:
                         yield batch
                 if at_end or start >= end:
@@ -154,16 +177,25 @@ class Log:
             if error.args[0].code() != KafkaError._NO_OFFSET:
                 raise Transient("Kafka does not answer") from error
 
-    def forget_group(self) -> None:
-        """Delete the group: a replay that has ended has no lag."""
-        self._consumer.close()
-        for future in self.admin.delete_consumer_groups([self.group], request_timeout=10).values():
+
+def forget_groups(admin: AdminClient, prefix: str, alive: Collection[str]) -> None:
+    """Delete the consumer groups whose names begin so, but for those: a replay that has ended has no lag.
+
+    Raises:
+        Transient: Kafka does not answer.
+    """
+    try:
+        groups = admin.list_consumer_groups(request_timeout=10).result().valid
+        ended = [one.group_id for one in groups if one.group_id.startswith(prefix)]
+        ended = [name for name in ended if name not in alive]
+        for future in admin.delete_consumer_groups(ended, request_timeout=10).values() if ended else ():
             try:
                 future.result()
             except KafkaException as error:
-                code = error.args[0].code()
-                if code not in (KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP):
-                    raise Transient("Kafka does not answer") from error
+                if error.args[0].code() not in (KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP):
+                    raise
+    except KafkaException as error:
+        raise Transient("Kafka does not answer") from error
 
 
 def _is_end(error: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, LiteralString
 
 import psycopg
@@ -127,50 +127,56 @@ class Recount:
     ) -> None:
         """Count the records of a batch that counted; ``only``: of these offsets, which counted late."""
         if only is None:
-            skipped = self._uncounted(db, tp, batch[0][0], batch[-1][0])
+            skipped = self._uncounted(db, tp, batch[0].offset(), batch[-1].offset())
             if skipped:
-                batch = [record for record in batch if record[0] not in skipped]
+                batch = [record for record in batch if record.offset() not in skipped]
         else:
-            batch = [record for record in batch if record[0] in only]
+            batch = [record for record in batch if record.offset() in only]
+        if not batch:
+            return
         read, measure = self._preparer.read, self._preparer.measure
         expected = released()["usage_event", USAGE_VERSIONS[tp.topic]]
-        since, until = self.scope.since_us, self.scope.until_us
-        meters, config, customer = self._config.meters, self._config, self.scope.customer_ref
-        held = self._held
-        found: list[tuple[Item, int, int, str]] = []
-        fresh: dict[bytes, Item] = {}
-        for _, arrived, value in batch:
+        scope, config, held, kept_before = self.scope, self._config, self._held, self._kept_before
+        since, until, tenant, customer = scope.since_us, scope.until_us, scope.tenant_id, scope.customer_ref
+        meters = frozenset(scope.meters)
+        later: list[tuple[Item, int, int, str]] = []
+        matched = 0
+        for raw in batch:
             try:
-                record = read(value, expected)
+                record = read(raw.value() or b"", expected)
+                arrival_us = raw.timestamp()[1] * 1000
                 occurred = record["occurred_at"]
                 if occurred is None:
-                    occurred = arrived * 1000
-                if not since <= occurred < until:
+                    occurred = arrival_us
+                if (
+                    not since <= occurred < until
+                    or (tenant is not None and record["tenant_id"] != tenant)
+                    or (meters and record["meter"] not in meters)
+                    or (customer is not None and record["customer_ref"] != customer)
+                ):
                     continue
-                if (record["tenant_id"], record["meter"]) not in meters:
-                    continue
-                if customer is not None and record["customer_ref"] != customer:
-                    continue
-                item, occurred, amount = measure(held, config, arrived * 1000, record)
+                item, occurred, amount = measure(held, config, arrival_us, record)
             except _UNREADABLE as error:
                 self.unreadable[getattr(error, "reason", type(error).__name__)] += 1
                 continue
-            if item.calendar is None:
-                fresh[item.item_id] = item
+            matched += 1
             if occurred > item.watermark:
                 item.watermark = occurred
-            found.append((item, occurred, amount, record["idempotency_key"]))
-        if not found:
-            return
-        self.matched += len(found)
+            if item.calendar is None or occurred < kept_before:
+                later.append((item, occurred, amount, record["idempotency_key"]))
+                continue
+            if not item.period_start <= occurred < item.period_end:
+                item.period_start, item.period_end = item.calendar.bounds(occurred)
+            place = (occurred - occurred % HOUR_US, item.period_start)
+            add_to(item, place, occurred, amount, record["idempotency_key"], 0)
+        if later:
+            self._add(db, later)
+        self.matched += matched
         self._arrivals = [
-            min(self._arrivals[0], batch[0][1] * 1000),
-            max(self._arrivals[1], batch[-1][1] * 1000),
+            min(self._arrivals[0], batch[0].timestamp()[1] * 1000),
+            max(self._arrivals[1], batch[-1].timestamp()[1] * 1000),
         ]
-        if fresh:
-            self._find_calendars(db, fresh)
-        self._add(db, found)
-        self._since_look += len(found)
+        self._since_look += matched
         if self._since_look >= HELD_MAX:
             self._since_look, self.full = 0, self._size() >= HELD_MAX
 
@@ -260,14 +266,14 @@ class Recount:
         ).fetchall()
         return {row[0] for row in rows}
 
-    def _find_calendars(self, db: Connection, fresh: dict[bytes, Item]) -> None:
-        items = list(fresh.values())
+    def _find_calendars(self, db: Connection, items: Sequence[Item]) -> None:
+        fresh = {item.item_id: item for item in items}
         rows = db.execute(
             _CALENDARS,
             (
-                uuid_array([item.item_id for item in items]),
-                [item.meter.tenant_id for item in items],
-                [item.customer_ref for item in items],
+                uuid_array(list(fresh)),
+                [item.meter.tenant_id for item in fresh.values()],
+                [item.customer_ref for item in fresh.values()],
             ),
             binary=True,
         ).fetchall()
@@ -275,14 +281,16 @@ class Recount:
             item = fresh[bytes(item_id)]
             item.calendar = Calendar.parse(text or item.meter.calendar)
 
-    def _add(self, db: Connection, found: Iterable[tuple[Item, int, int, str]]) -> None:
+    def _add(self, db: Connection, found: Sequence[tuple[Item, int, int, str]]) -> None:
+        fresh = [item for item, _, _, _ in found if item.calendar is None]
+        if fresh:
+            self._find_calendars(db, fresh)
         old: list[tuple[Item, int, int, str]] = []
-        limit = self._kept_before
-        for item, occurred, amount, key in found:
-            if occurred < limit:
-                old.append((item, occurred, amount, key))
+        for one in found:
+            if one[1] < self._kept_before:
+                old.append(one)
             else:
-                add(item, occurred, amount, key, 0)
+                add(*one, 0)
         if old:
             self._add_old(db, old)
 

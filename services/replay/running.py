@@ -7,6 +7,7 @@ locked and nobody else changes counters, which is for as long as the last few re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 import psycopg
 import structlog
+from confluent_kafka.admin import AdminClient
 from psycopg import IsolationLevel
 
 from services.counters.config import load_configuration
@@ -28,7 +30,7 @@ from services.counters.ledger import GROUP
 from services.counters.prepare import Preparer
 from services.replay import comparing
 from services.replay.comparing import Differences
-from services.replay.log import Archived, Log, Range
+from services.replay.log import Archived, Log, Range, forget_groups
 from services.replay.ranges import Position, find_ranges, hours_of, read_positions, require_held
 from services.replay.recompute import Connection, Recount
 from services.streaming.chunks import Partition
@@ -41,6 +43,7 @@ from services.streaming.replay_plan import (
     Plan,
     PlannedHour,
     PlannedItem,
+    PlannedPeriod,
     PlannedRange,
     PlannedTotal,
 )
@@ -53,6 +56,7 @@ from services.streaming.replays import (
     everything,
     resolve,
 )
+from services.wire.errors import Transient
 from services.wire.pgarrays import register
 from services.wire.records import ops_event
 from services.wire.registry import decoder_for
@@ -136,6 +140,7 @@ class Replayer:
         self._settings = settings
         self._archive = archive
         self._preparer = Preparer(decoder_for(settings), upcasters())
+        self._swept = False
 
     def connect(self) -> Connection:
         """A connection for this work: its statements read whole tables, unlike the workers'."""
@@ -195,16 +200,27 @@ class Replayer:
         if held is None or not held[0]:
             return None
         try:
-            row = db.execute(
-                "SELECT replay_id FROM replays WHERE finished_at IS NULL ORDER BY replay_id LIMIT 1"
-            ).fetchone()
-            if row is None:
+            rows = db.execute(
+                "SELECT replay_id FROM replays WHERE finished_at IS NULL ORDER BY replay_id"
+            ).fetchall()
+            replay_ids = [int(row[0]) for row in rows]
+            if not self._swept:  # also of one that was killed when it had just ended
+                self._forget_groups(replay_ids)
+            if not rows:
                 return None
-            self._carry_out(db, int(row[0]), progress)
-            return int(row[0])
+            self._carry_out(db, replay_ids[0], progress)
+            self._swept = False
+            with contextlib.suppress(Transient):  # the next step does it
+                self._forget_groups(replay_ids[1:])
+            return replay_ids[0]
         finally:
             if not db.closed:
                 db.execute("SELECT pg_advisory_unlock(hashtextextended('tidemeter/replay', 0))")
+
+    def _forget_groups(self, running: Sequence[int]) -> None:
+        admin = AdminClient({"bootstrap.servers": self._settings.kafka(), "socket.timeout.ms": 10_000})
+        forget_groups(admin, f"{GROUP_PREFIX}-", [f"{GROUP_PREFIX}-{replay_id}" for replay_id in running])
+        self._swept = True
 
     def _carry_out(self, db: Connection, replay_id: int, progress: Progress) -> None:
         group = f"{GROUP_PREFIX}-{replay_id}"
@@ -234,7 +250,6 @@ class Replayer:
             except Exception as error:
                 log.error("replay failed", replay_id=replay_id, exc_info=error)
                 self._end(db, replay_id, "failed", f"defect: {type(error).__name__}")
-            source.forget_group()
         finally:
             source.close()
 
@@ -271,7 +286,7 @@ class Replayer:
             plan = work.plan(found)
             self._check(db, request, plan, found)
             comparing.lock_changed(db)
-            comparing.correct(db)
+            comparing.correct(db, work.scope)
             self._finish(db, replay_id, plan, by)
             comparing.clear(db)
             fault_point("replay.before_commit")
@@ -318,6 +333,7 @@ class Replayer:
             "items": plan.changed_items,
             "values": plan.changed_values,
             "watermarks": plan.changed_watermarks,
+            "periods": plan.changed_periods,
         }
         audit(db, by, "replay.apply", str(replay_id), {**numbers, "plan_hash": plan.plan_hash})
         event = ops_event(
@@ -432,7 +448,7 @@ class _Work:
             for batch in self._log.read(one, self._begins[one.tp]):
                 self.recount.take(self._db, one.tp, batch)
                 state.read += len(batch)
-                state.left[0] = Range(one.tp, batch[-1][0] + 1, one.end)
+                state.left[0] = Range(one.tp, batch[-1].offset() + 1, one.end)
                 self._progress(state.read, total)
                 overdue = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
                 if self.recount.full or (overdue and self._replay_id is not None):
@@ -569,7 +585,19 @@ class _Work:
             changed_items=found.items,
             changed_values=found.values,
             changed_watermarks=found.watermarks,
+            changed_periods=found.periods,
             items=items,
+            periods=[
+                PlannedPeriod(
+                    row.tenant_id,
+                    row.customer_ref,
+                    row.meter,
+                    row.period_start.astimezone(UTC),
+                    _plain(row.pushed),
+                    _plain(row.sent),
+                )
+                for row in comparing.periods(db, HOURS_SHOWN)
+            ],
             truncated=found.buckets > len(rows),
             totals=[
                 PlannedTotal(

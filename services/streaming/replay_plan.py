@@ -47,6 +47,17 @@ class PlannedItem(msgspec.Struct, frozen=True, rename="camel"):
     hours: list[PlannedHour]
 
 
+class PlannedPeriod(msgspec.Struct, frozen=True, rename="camel"):
+    """A billing period of which what was closed or pushed is kept wrongly, against the journal of deltas."""
+
+    tenant_id: str
+    customer_ref: str
+    meter: str
+    period_start: datetime
+    pushed_before: Decimal
+    pushed_after: Decimal
+
+
 class PlannedTotal(msgspec.Struct, frozen=True, rename="camel"):
     """Everything of one meter in the window, before and after: its events, and its hours added up."""
 
@@ -76,7 +87,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     changed_items: int
     changed_values: int
     changed_watermarks: int
+    changed_periods: int
     items: list[PlannedItem]
+    periods: list[PlannedPeriod]
     truncated: Annotated[bool, msgspec.Meta(description="Whether more changes than are listed.")]
     totals: list[PlannedTotal]
     plan_hash: str

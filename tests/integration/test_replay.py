@@ -24,7 +24,7 @@ from services.streaming.replays import RefusedReplay, ReplayRequest
 from services.wire.settings import load_settings
 from tests.conftest import Servers
 from tests.oracle import DAY_S, HOUR_S, Usage
-from tests.pipeline import Pipeline, Worker, trim_topics
+from tests.pipeline import Pipeline, Worker, trim_topics, until
 
 NOW_S = int(time.time())
 COUNTED = (
@@ -100,6 +100,20 @@ class Scene:
                 "WHERE i.item_id = b.item_id AND i.tenant_id = %s",
                 (*values, self.tenant),
             ).rowcount
+
+    def settle(self) -> None:
+        """Wait until closing has nothing left to do, and report its deltas."""
+        left = (
+            "SELECT count(*) FROM items i WHERE tenant_id = %s AND (dirty_from IS NOT NULL "
+            "OR EXISTS (SELECT FROM buckets b WHERE b.item_id = i.item_id AND b.open))"
+        )
+
+        def settled() -> bool:
+            self.pipeline.push()
+            return bool(self.pipeline.query(left, self.tenant) == [(0,)])
+
+        until(settled, "everything closed")
+        self.pipeline.await_quiet()
 
     def counted(self) -> list[tuple[Any, ...]]:
         return self.pipeline.query(COUNTED, self.tenant)
@@ -189,6 +203,7 @@ def snapshot(scene: Scene) -> dict[str, Any]:
 )
 def test_rows_that_were_damaged_by_hand_are_repaired_as_the_plan_said(scene: Scene, change: str) -> None:
     scene.feed(*history(scene, 3, 120))
+    scene.settle()
     before = scene.counted()
     assert scene.damage(change) > 0
     assert scene.counted() != before
@@ -197,7 +212,7 @@ def test_rows_that_were_damaged_by_hand_are_repaired_as_the_plan_said(scene: Sce
     assert done["state"] == "done", done["error"]
     assert done["result"]["planHash"] == plan.plan_hash
     assert done["result"]["changedHours"] == plan.changed_hours
-    scene.pipeline.await_quiet()
+    scene.settle()
     assert scene.counted() == before
     assert scene.dry_run().changed_hours == 0
 
@@ -219,6 +234,7 @@ def test_applied_twice_is_applied_once_and_a_stale_plan_is_refused(scene: Scene)
 
 def test_rows_that_are_gone_and_rows_that_never_were_are_put_right(scene: Scene) -> None:
     scene.feed(*history(scene, 4, 80))
+    scene.settle()
     before = scene.counted()
     with scene.pipeline.database() as db:
         db.execute(
@@ -241,7 +257,7 @@ def test_rows_that_are_gone_and_rows_that_never_were_are_put_right(scene: Scene)
         )
     assert scene.dry_run().changed_values > 0
     assert scene.apply()["state"] == "done"
-    scene.pipeline.await_quiet()
+    scene.settle()
     assert [row for row in scene.counted() if row[4] or row[3]] == before
 
 
@@ -322,6 +338,57 @@ def test_overlapping_replays_are_refused_with_the_id_of_the_other(scene: Scene) 
             assert scene.replayer.step(own) == second
             assert scene.replayer.step(own) is None
         assert [row["state"] for row in replays.find(db, only_tenant=scene.tenant)] == ["done", "cancelled"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "closed = b.closed + 3",
+        "pushed = b.pushed - 2",
+        "sequence = 0",
+        "open = NOT b.open",
+        "total = b.total + 5, closed = b.closed + 5, pushed = b.pushed + 5",
+    ],
+)
+def test_what_closing_keeps_is_repaired_from_the_journal_and_nothing_is_sent_twice(
+    scene: Scene, change: str
+) -> None:
+    scene.feed(
+        *(scene.usage(f"{m}{n}", 3, NOW_S - 600 - n * HOUR_S, m) for n in range(6) for m in ("sum", "max"))
+    )
+    scene.settle()
+    before = scene.counted()
+    deltas = scene.pipeline.query("SELECT identifier, amount FROM deltas ORDER BY 1")
+    scene.damage(change)
+    plan = scene.dry_run()
+    assert plan.changed_periods > 0
+    done = scene.apply(plan_hash=plan.plan_hash)
+    assert done["state"] == "done", done["error"]
+    scene.settle()
+    again = scene.dry_run()
+    assert (again.changed_hours, again.changed_periods) == (0, 0)
+    assert [row[3:5] + row[9:] for row in scene.counted()] == [row[3:5] + row[9:] for row in before]
+    assert scene.pipeline.query("SELECT identifier, amount FROM deltas ORDER BY 1") == deltas
+
+
+def test_rows_that_were_deleted_come_back_with_what_was_sent_of_them(scene: Scene) -> None:
+    scene.feed(*history(scene, 6, 100))
+    scene.settle()
+    before = [(row[:8], row[9:]) for row in scene.counted()]
+    deltas = scene.pipeline.query("SELECT identifier, amount FROM deltas ORDER BY 1")
+    with scene.pipeline.database() as db:
+        for table in ("buckets", "item_periods", "unique_values"):
+            db.execute(
+                f"DELETE FROM {table} b USING items i WHERE i.item_id = b.item_id AND i.tenant_id = %s "
+                "AND i.meter <> 'last'",
+                (scene.tenant,),
+            )
+    assert scene.apply(since="-PT240H")["state"] == "done"
+    scene.settle()
+    assert [(row[:8], row[9:]) for row in scene.counted() if row[4]] == before
+    assert scene.pipeline.query("SELECT identifier, amount FROM deltas ORDER BY 1") == deltas
+    again = scene.dry_run(since="-PT240H")
+    assert (again.changed_hours, again.changed_periods, again.changed_values) == (0, 0, 0)
 
 
 def test_a_window_that_begins_before_the_log_names_the_earliest_time_and_an_empty_one_is_empty(
