@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -12,10 +10,11 @@ import structlog
 
 from schemas.catalog import check_catalog
 from services.streaming import outbox
+from services.streaming.alone import Background, run_alone
 from services.streaming.database import Database
-from services.streaming.observe import Health, Status, serve_observation
+from services.streaming.observe import Health, Status
 from services.streaming.redriving import Redrives, redrive_forever
-from services.streaming.worker import Worker, crash
+from services.streaming.worker import Worker
 from services.upkeep import cards, dunning, fees, pruning, sending
 from services.upkeep.asking import StripeReader
 from services.upkeep.loops import PRODUCER, Clock, Loop, utc_now
@@ -29,7 +28,6 @@ from upcasters.chain import check_chain, revision, upcasters
 
 log = structlog.get_logger(__name__)
 
-Background = Callable[[], Awaitable[None]]
 Check = Callable[[], tuple[Status, str]]
 
 
@@ -147,28 +145,3 @@ async def run(settings: Settings) -> None:
 def _off(health: Health, name: str, reason: str) -> None:
     log.info("off", part=name, reason=reason)
     health.checks[name] = lambda: ("healthy", f"off: {reason}")
-
-
-async def run_alone(settings: Settings, health: Health, loops: Sequence[Background]) -> None:
-    """The loops without a consumer, until SIGTERM or SIGINT."""
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    runner, port = await serve_observation(health, settings.observe_host, settings.observe_port)
-    log.info("worker starts", group=None, observe_port=port)
-    tasks = [asyncio.create_task(_guarded(loop)) for loop in loops]
-    await stopping.wait()
-    log.info("worker stops", group=None)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await runner.cleanup()
-
-
-async def _guarded(loop: Background) -> None:
-    try:
-        await loop()
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        crash("background task failed", error)
