@@ -20,6 +20,7 @@ from services.cli import (
     status,
     upkeep,
 )
+from services.cli.archive import archive
 from services.cli.bench import bench
 from services.cli.bridge import bridge
 from services.cli.demo import demo
@@ -78,6 +79,7 @@ for command in (
     upkeep.upkeep,
     upkeep.prune,
     services.dispatcher,
+    archive,
     services.migrate,
     operate.resume,
     bench,

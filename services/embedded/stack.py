@@ -135,6 +135,8 @@ class Stack:
             self._add(name, ["counters"], self._port(name), worker_id=name)
         for name in ("pusher", "dispatcher", "upkeep"):
             self._add(name, [name], self._port(name), worker_id=f"{name}-1")
+        if self.settings.archive_url is not None:
+            self._add("archive", ["archive"], self._port("archive"))
         self._add_bridge(say)
         for name in self._members:
             self._await_ready(name)
@@ -238,6 +240,9 @@ class Stack:
         }
         if "bridge" in self._members:
             document["bridge_port"] = self._members["bridge"].port
+        if self.settings.archive_url is not None:
+            url = self.settings.archive_url
+            document["archive_url"] = url if "://" in url else str(Path(url).absolute())
         if self.settings.stripe_api_key is None:
             document["stripe_api_key"] = SIMULATOR_KEY
         path = self.root / RUNTIME_FILE

@@ -28,6 +28,7 @@ NEVER = frozenset({"notification_dead"})
 #: What makes a mail when TIDEMETER_MAIL_EVENTS is unset: somebody has to act. ``docs/upkeep.md`` lists it.
 MAILED = frozenset(
     {
+        "archive_halted",
         "billing_period_unclear",
         "card_expiring",
         "charge_disputed",

@@ -61,3 +61,18 @@ WEBHOOK_RUNS = Gauge("tidemeter_webhook_runs", "Webhook runs that are not done."
 WEBHOOK_ATTEMPTS = Counter("tidemeter_webhook_attempts", "Attempts of webhook handlers.", ["result"])
 #: Mails by what came of them. Worry when dead rises.
 NOTIFICATIONS = Counter("tidemeter_notifications", "Mails to operators.", ["result"])
+
+#: Usage records written to the archive.
+ARCHIVED = Counter("tidemeter_archived_records", "Usage records written to the archive.", ["topic"])
+#: Records on the log that are not in the archive yet. Worry when it grows for hours.
+ARCHIVE_LAG = Gauge(
+    "tidemeter_archive_lag_records", "Records that are not in the archive.", ["topic", "partition"]
+)
+#: Age of the oldest of them, seconds. Worry when it passes TIDEMETER_ARCHIVE_FILE_SECONDS by far.
+ARCHIVE_OLDEST = Gauge("tidemeter_archive_oldest_seconds", "Age of the oldest record not in the archive.")
+#: 1 while a partition is not archived any more, because records are gone. Worry when above 0.
+ARCHIVE_HALTED = Gauge(
+    "tidemeter_archive_halted",
+    "Partitions whose archiving waits for an operator.",
+    ["topic", "partition", "reason"],
+)

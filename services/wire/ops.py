@@ -35,6 +35,8 @@ NAMES: Final = frozenset(
         "meter_paused",
         "meter_resumed",
         "meter_reporting_failed",
+        # archive
+        "archive_halted",
         # webhooks
         "webhook_dead_lettered",
         "webhook_dlq.dead_lettered",

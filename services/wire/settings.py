@@ -100,6 +100,16 @@ class Settings(BaseSettings):
         90, ge=-1, description="How long usage topics keep records; -1 for ever."
     )
 
+    archive_url: str | None = Field(
+        None, description="Where usage records are archived, a path or a URL; unset for no archive."
+    )
+    archive_file_records: int = Field(
+        100_000, ge=1, le=1_000_000, description="Records in one file of the archive, at most."
+    )
+    archive_file_seconds: float = Field(
+        3600.0, gt=0, le=86_400, description="A record is in the archive about so long after its arrival."
+    )
+
     http_host: str = Field("127.0.0.1", description="Address the API listens on.")
     http_port: int = Field(8080, ge=0, le=65535, description="Port the API listens on.")
     observe_host: str = Field("127.0.0.1", description="Address workers serve /health and /metrics on.")
@@ -234,6 +244,16 @@ class Settings(BaseSettings):
                 "no PostgreSQL address: set TIDEMETER_POSTGRES_DSN, or run `tidemeter up` first"
             )
         return self.postgres_dsn.get_secret_value()
+
+    def archive(self) -> str:
+        """Where the archive is.
+
+        Raises:
+            Misconfigured: there is none.
+        """
+        if self.archive_url is None:
+            raise Misconfigured("no archive: set TIDEMETER_ARCHIVE_URL to a path or a URL")
+        return self.archive_url
 
     @property
     def streams(self) -> bool:

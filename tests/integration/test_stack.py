@@ -30,7 +30,7 @@ PLANTED_NAME = "Planted Q. Person"
 PLANTED_URL = "https://billing.example.org/session/planted-5d2e"
 PLANTED_POISON = "planted-poison-e07f"
 #: Every process of ours.
-PROCESSES = ("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "bridge")
+PROCESSES = ("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "archive", "bridge")
 CONFIGURATION = f"""
 tenants:
   - id: acme
@@ -53,6 +53,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             patch.delenv(f"TIDEMETER_{name}", raising=False)
         patch.setenv("TIDEMETER_DATA_DIR", str(root))
         patch.setenv("TIDEMETER_DELTA_INTERVAL_SECONDS", "0.2")
+        patch.setenv("TIDEMETER_ARCHIVE_URL", str(root / "archive"))
+        patch.setenv("TIDEMETER_ARCHIVE_FILE_SECONDS", "1")
         with Stack(root, load_settings()) as running:
             yield running
 

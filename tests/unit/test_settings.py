@@ -42,6 +42,7 @@ def test_everything_has_a_default_but_the_addresses_and_the_key() -> None:
         "kafka_bootstrap",
         "postgres_dsn",
         "schema_registry_url",
+        "archive_url",
         "stripe_api_key",
         "stripe_stream_base",
         "sink_webhook_url",
