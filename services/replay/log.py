@@ -10,7 +10,9 @@ from typing import Any, Protocol
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from services.archive.files import Archive, DamagedFile, NotHeld
 from services.streaming.chunks import Partition, RawRecord
+from services.streaming.replays import RefusedReplay
 from services.wire.errors import Transient
 
 
@@ -40,15 +42,8 @@ class Range:
         return self.end - self.start
 
 
-class Archived(Protocol):
-    """An archive of usage topics: see ``services.archive.files``."""
-
-    def held(self, tp: Partition) -> list[tuple[int, int]]: ...
-    def read(self, tp: Partition, start: int, end: int) -> Iterator[Sequence[RawRecord]]: ...
-
-
-class _FromArchive:
-    """A record of the archive in that form."""
+class FromArchive:
+    """A raw record of the archive in that form."""
 
     __slots__ = ("_raw",)
 
@@ -68,7 +63,7 @@ class _FromArchive:
 class Log:
     """Reads ranges in a consumer group of its own. Use it in one thread; close it."""
 
-    def __init__(self, bootstrap: str, group: str, archive: Archived | None = None) -> None:
+    def __init__(self, bootstrap: str, group: str, archive: Archive | None = None) -> None:
         self.group = group
         self.archive = archive
         self.admin = AdminClient({"bootstrap.servers": bootstrap, "socket.timeout.ms": 10_000})
@@ -94,12 +89,16 @@ class Log:
         """The records of a range, in batches, in offset order; below ``log_start`` they are the archive's.
 
         Raises:
-            Transient: Kafka does not answer.
+            Transient: Kafka, or the archive's storage, does not answer.
+            RefusedReplay: ``archive_damaged``.
         """
         at = one.start
         if at < log_start and self.archive is not None:
-            for kept in self.archive.read(one.tp, at, min(one.end, log_start)):
-                yield [_FromArchive(raw) for raw in kept]
+            try:
+                for kept in self.archive.read(one.tp, at, min(one.end, log_start)):
+                    yield [FromArchive(raw) for raw in kept]
+            except (NotHeld, DamagedFile) as error:
+                raise RefusedReplay("archive_damaged", str(error)) from error
             at = min(one.end, log_start)
         if at < one.end:
             yield from self._fetch(one.tp, at, one.end)

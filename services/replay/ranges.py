@@ -10,9 +10,10 @@ from typing import Any, LiteralString
 
 import psycopg
 
+from services.archive.files import Archive
 from services.counters.decisions import BLOCK_RECORDS
 from services.counters.ledger import GROUP
-from services.replay.log import Archived, Log, Range
+from services.replay.log import Log, Range
 from services.streaming.chunks import Partition
 from services.streaming.lag import log_starts
 from services.streaming.replays import ALWAYS, RefusedReplay, Scope, bound
@@ -149,7 +150,7 @@ def require_held(
     return begins
 
 
-def _usable_from(archive: Archived | None, tp: Partition, position: Position, log_start: int) -> int:
+def _usable_from(archive: Archive | None, tp: Partition, position: Position, log_start: int) -> int:
     """The offset from which on log and archive have everything."""
     usable = log_start
     if log_start > position.start and archive is not None:

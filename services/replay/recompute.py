@@ -22,7 +22,7 @@ from services.counters.prepare import Account, Item, Prepared, Preparer
 from services.counters.windows import OLDEST_US, add, add_to
 from services.replay.log import Record
 from services.streaming.chunks import Chunk, Partition
-from services.streaming.replays import ALWAYS, Scope, bound
+from services.streaming.replays import Scope, bound
 from services.wire.errors import Poison
 from services.wire.periods import HOUR_US, Calendar
 from services.wire.pgarrays import timestamp_array, timestamp_of, uuid_array
@@ -63,9 +63,11 @@ LEFT JOIN customers c ON (c.tenant_id, c.customer_ref) = (u.t, u.c)
 
 #: The periods that hours are kept in. Those that Stripe takes no more stay where they were billed.
 _KEPT_PERIODS: LiteralString = """
-SELECT uuid_send(u.i), timestamptz_send(u.h), timestamptz_send(min(b.period_start))
+SELECT uuid_send(b.item_id), timestamptz_send(b.hour_start), timestamptz_send(b.period_start),
+       timestamptz_send(coalesce(p.period_end, 'infinity'))
 FROM unnest(%s, %s) AS u (i, h) JOIN buckets b ON (b.item_id, b.hour_start) = (u.i, u.h)
-WHERE b.events > 0 GROUP BY u.i, u.h HAVING count(*) = 1
+LEFT JOIN item_periods p USING (item_id, period_start)
+WHERE b.events > 0
 """
 
 _ITEMS: LiteralString = """
@@ -117,7 +119,7 @@ class Recount:
         self.matched = 0
         self.unreadable: Counter[str] = Counter()
         self._held = Prepared(Chunk(Partition("", 0), []), config.version)
-        self._periods: dict[tuple[bytes, int], int] = {}
+        self._periods: dict[tuple[bytes, int], list[tuple[int, int]]] = {}
         self._arrivals = [2**62, 0]
         self._since_look = 0
         self.full = False  #: whether it is time to flush
@@ -296,9 +298,10 @@ class Recount:
 
     def _add_old(self, db: Connection, found: Sequence[tuple[Item, int, int, str]]) -> None:
         """The same for hours that no change of calendar moves any more."""
-        places = sorted({(item.item_id, at - at % HOUR_US) for item, at, _, _ in found})
-        unknown = [place for place in places if place not in self._periods]
+        places = {(item.item_id, at - at % HOUR_US) for item, at, _, _ in found}
+        unknown = sorted(place for place in places if place not in self._periods)
         if unknown:
+            self._periods.update((place, []) for place in unknown)
             rows = db.execute(
                 _KEPT_PERIODS,
                 (
@@ -307,17 +310,18 @@ class Recount:
                 ),
                 binary=True,
             ).fetchall()
-            for item_id, hour, period in rows:
-                self._periods[bytes(item_id), timestamp_of(hour)] = timestamp_of(period)
-            for place in unknown:
-                self._periods.setdefault(place, ALWAYS)
+            for item_id, hour, start, end in rows:
+                self._periods[bytes(item_id), timestamp_of(hour)].append(
+                    (timestamp_of(start), timestamp_of(end))
+                )
         for item, at, amount, key in found:
             hour = at - at % HOUR_US
-            period = self._periods[item.item_id, hour]
-            if period == ALWAYS:
-                add(item, at, amount, key, 0)
+            kept = self._periods[item.item_id, hour]
+            fitting = kept if len(kept) == 1 else [one for one in kept if one[0] <= at < one[1]]
+            if fitting:
+                add_to(item, (hour, fitting[0][0]), at, amount, key, 0)
             else:
-                add_to(item, (hour, period), at, amount, key, 0)
+                add(item, at, amount, key, 0)
 
     def _size(self) -> int:
         number = 0

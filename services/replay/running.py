@@ -24,13 +24,14 @@ import structlog
 from confluent_kafka.admin import AdminClient
 from psycopg import IsolationLevel
 
+from services.archive.files import Archive
 from services.counters.config import load_configuration
 from services.counters.decisions import exclude_beside_the_log
 from services.counters.ledger import GROUP
 from services.counters.prepare import Preparer
 from services.replay import comparing
 from services.replay.comparing import Differences
-from services.replay.log import Archived, Log, Range, forget_groups
+from services.replay.log import Log, Range, forget_groups
 from services.replay.ranges import Position, find_ranges, hours_of, read_positions, require_held
 from services.replay.recompute import Connection, Recount
 from services.streaming.chunks import Partition
@@ -136,9 +137,9 @@ class State:
 class Replayer:
     """Carries replays out, one at a time."""
 
-    def __init__(self, settings: Settings, archive: Archived | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._archive = archive
+        self._archive = None if settings.archive_url is None else Archive(settings.archive_url)
         self._preparer = Preparer(decoder_for(settings), upcasters())
         self._swept = False
 

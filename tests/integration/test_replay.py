@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -17,6 +18,7 @@ import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from services.archive.agent import run_once
 from services.replay.running import Replayer
 from services.streaming import replays
 from services.streaming.replay_plan import Plan
@@ -406,3 +408,46 @@ def test_a_window_that_begins_before_the_log_names_the_earliest_time_and_an_empt
         with pytest.raises(RefusedReplay, match="earliest it can begin is 20") as refused:
             scene.dry_run(since=since)
         assert (refused.value.code, refused.value.path) == ("window_not_held", "since")
+
+
+def test_what_the_log_has_lost_is_replayed_from_the_archive_and_log_as_one(
+    pipeline: Pipeline, worker: Worker, kafka_bootstrap: str, tmp_path: Path
+) -> None:
+    settings = load_settings(
+        kafka_bootstrap=pipeline.kafka, postgres_dsn=pipeline.dsn, archive_url=f"file://{tmp_path}/archive"
+    )
+    # What earlier tests have deleted was never archived: these partitions begin where the log does.
+    starts, _ = pipeline.log_bounds()
+    with pipeline.database() as db:
+        for (topic, number), start in starts.items():
+            db.execute(
+                "UPDATE partition_offsets SET start_offset = %s WHERE topic = %s AND partition = %s",
+                (start, topic, number),
+            )
+    tenant = f"t{uuid.uuid4().hex[:8]}"
+    pipeline.tenant(tenant)
+    for aggregation in ("sum", "count", "max", "last"):
+        pipeline.meter(tenant, aggregation, aggregation, lateness_s=2 * DAY_S)
+    pipeline.meter(tenant, "unique", "unique", value_property="user", lateness_s=2 * DAY_S)
+    scene = Scene(pipeline, tenant, Replayer(settings))
+    usages = history(scene, 8, 120)
+    scene.feed(*usages[:90])
+    run_once(settings, lambda _: None, lambda: None)
+    _, ends = pipeline.log_bounds()
+    scene.feed(*usages[90:])
+    gone = [TopicPartition(*tp, end) for tp, end in ends.items()]
+    for future in AdminClient({"bootstrap.servers": kafka_bootstrap}).delete_records(gone).values():
+        future.result()
+    scene.settle()
+    before = scene.counted()
+    scene.damage("total = total + 1")
+    plan = scene.dry_run()
+    assert plan.changed_hours > 0
+    assert scene.apply(plan_hash=plan.plan_hash)["state"] == "done"
+    scene.settle()
+    assert scene.counted() == before
+    found = next((tmp_path / "archive").rglob("*.avro"))
+    found.write_bytes(found.read_bytes()[:-20])
+    with pytest.raises(RefusedReplay) as refused:
+        scene.dry_run()
+    assert refused.value.code == "archive_damaged" and found.name in str(refused.value)
