@@ -24,6 +24,7 @@ BENCHES = {
     "push": "bench.push",
     "poison": "bench.poison",
     "bridge": "bench.bridge",
+    "replay": "bench.replay",
     "growth": "bench.growth",
 }
 

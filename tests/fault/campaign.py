@@ -6,6 +6,7 @@ Each test leaves one line of JSON, which pytest prints after its summary. ``FAUL
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -18,11 +19,17 @@ from typing import Any
 
 import psycopg
 
+from services.replay.running import Replayer
+from services.streaming.replays import ReplayRequest, everything
+from services.wire.settings import load_settings
 from tests.fault.traffic import Record, traffic
 from tests.pipeline import Pipeline, differences, until
 
 #: With the faults off, how long until nothing waits anywhere, with no human.
 QUIET_S = 60
+
+#: The hash of a plan without a change.
+NOTHING = hashlib.sha256().hexdigest()
 
 #: The lines of this session.
 LINES: list[str] = []
@@ -137,7 +144,8 @@ def settle(pipeline: Pipeline) -> float:
 
 
 def exact(pipeline: Pipeline) -> None:
-    """The conservation gap is 0, in the database and for each worker; all else is what the log says."""
+    """The conservation gap is 0, in the database and for each worker; all else is what the log says, also when
+    it is rebuilt by a replay of everything."""
     assert pipeline.processed() == sum(pipeline.outcomes().values()), "the conservation gap is not 0"
     for worker in pipeline.workers:
         if worker.alive():
@@ -145,6 +153,10 @@ def exact(pipeline: Pipeline) -> None:
             assert gap in (0, None), f"{worker.name} sees a conservation gap of {gap}"
     pipeline.assert_exact()
     pipeline.assert_deltas_add_up()
+    rebuilt = Replayer(load_settings(kafka_bootstrap=pipeline.kafka, postgres_dsn=pipeline.dsn)).dry_run(
+        ReplayRequest(force=True), scope=everything()
+    )
+    assert rebuilt.plan_hash == NOTHING, f"live is not what the log rebuilds: {rebuilt}"
 
 
 def prove(pipeline: Pipeline) -> None:

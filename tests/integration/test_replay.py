@@ -16,7 +16,6 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from services.archive.agent import run_once
 from services.replay.running import Replayer
@@ -394,15 +393,14 @@ def test_rows_that_were_deleted_come_back_with_what_was_sent_of_them(scene: Scen
 
 
 def test_a_window_that_begins_before_the_log_names_the_earliest_time_and_an_empty_one_is_empty(
-    scene: Scene, kafka_bootstrap: str
+    scene: Scene,
 ) -> None:
     assert scene.dry_run(since="2020-01-01T00:00:00Z", until="2020-02-01T00:00:00Z").changed_hours == 0
     assert scene.dry_run(since="now", until="now").changed_hours == 0
     scene.feed(scene.usage("a"))
     _, ends = scene.pipeline.log_bounds()
-    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
     gone = [TopicPartition(*tp, end) for tp, end in ends.items()]
-    for future in admin.delete_records(gone).values():
+    for future in scene.pipeline.admin.delete_records(gone).values():
         future.result()
     for since in ("2020-01-01T00:00:00Z", "-PT24H"):
         with pytest.raises(RefusedReplay, match="earliest it can begin is 20") as refused:
@@ -411,7 +409,7 @@ def test_a_window_that_begins_before_the_log_names_the_earliest_time_and_an_empt
 
 
 def test_what_the_log_has_lost_is_replayed_from_the_archive_and_log_as_one(
-    pipeline: Pipeline, worker: Worker, kafka_bootstrap: str, tmp_path: Path
+    pipeline: Pipeline, worker: Worker, tmp_path: Path
 ) -> None:
     settings = load_settings(
         kafka_bootstrap=pipeline.kafka, postgres_dsn=pipeline.dsn, archive_url=f"file://{tmp_path}/archive"
@@ -436,7 +434,7 @@ def test_what_the_log_has_lost_is_replayed_from_the_archive_and_log_as_one(
     _, ends = pipeline.log_bounds()
     scene.feed(*usages[90:])
     gone = [TopicPartition(*tp, end) for tp, end in ends.items()]
-    for future in AdminClient({"bootstrap.servers": kafka_bootstrap}).delete_records(gone).values():
+    for future in pipeline.admin.delete_records(gone).values():
         future.result()
     scene.settle()
     before = scene.counted()
