@@ -20,11 +20,11 @@ CREATE TABLE recounted_records (
     PRIMARY KEY (topic, partition, "offset")
 );
 
--- When the events of 10,000 records in a row happened, at the earliest and at the latest.
+-- When the events of 2,000 records in a row happened, at the earliest and at the latest.
 CREATE TABLE log_blocks (
     topic       text NOT NULL,
     partition   int NOT NULL,
-    block       bigint NOT NULL,                  -- offset / 10000
+    block       bigint NOT NULL,                  -- offset / 2000
     first_event timestamptz NOT NULL,
     last_event  timestamptz NOT NULL,
     PRIMARY KEY (topic, partition, block)

@@ -5,27 +5,28 @@ at once. So the decision is kept, in the transaction that made it: the offsets t
 came. Every other record below the position counted. A replay decodes and adds up again; it decides nothing
 anew.
 
-Also kept: when the events of each 10,000 records in a row happened (``log_blocks``). It finds a window of
+Also kept: when the events of each 2,000 records in a row happened (``log_blocks``). It finds a window of
 event time in a log that is ordered by arrival, however late some of it came, and does not lean on the
 counters that a replay is there to check.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psycopg
 
-from services.counters.prepare import Prepared
-from services.streaming.chunks import Partition
+from services.counters.prepare import Event, Prepared
+from services.streaming.chunks import Partition, RawRecord
 from services.wire.pgarrays import int8_array, timestamp_array
 
 Connection = psycopg.Connection[Any]
 
-#: Records of one row of ``log_blocks``.
-BLOCK_RECORDS = 10_000
+#: Records of one row of ``log_blocks``: few enough that a narrow window reads little beside itself.
+BLOCK_RECORDS = 2_000
 
 _LOCK = "hashtextextended('tidemeter/beside-the-log', 0)"
 
@@ -54,8 +55,14 @@ def keep_decisions(db: Connection, prepared: Prepared, uncounted: Sequence[int])
         )
     if prepared.events:
         times = [event[4] for event in prepared.events]
-        blocks = range(chunk.first_offset // BLOCK_RECORDS, (chunk.next_offset - 1) // BLOCK_RECORDS + 1)
-        _keep_blocks(db, tp, [(block, min(times), max(times)) for block in blocks])
+        blocks, start = [], 0
+        for block in range(chunk.first_offset // BLOCK_RECORDS, (chunk.next_offset - 1) // BLOCK_RECORDS + 1):
+            after = bisect_left(records, (block + 1) * BLOCK_RECORDS, key=_offset)
+            end = bisect_left(prepared.events, after, lo=start, key=_index)
+            if end > start:
+                blocks.append((block, min(times[start:end]), max(times[start:end])))
+            start = end
+        _keep_blocks(db, tp, blocks)
 
 
 def keep_recounted(db: Connection, prepared: Prepared, uncounted: Iterable[int]) -> None:
@@ -73,6 +80,14 @@ def keep_recounted(db: Connection, prepared: Prepared, uncounted: Iterable[int])
     for event in counted:
         blocks[records[event[0]].offset // BLOCK_RECORDS].append(event[4])
     _keep_blocks(db, tp, [(block, min(times), max(times)) for block, times in sorted(blocks.items())])
+
+
+def _offset(record: RawRecord) -> int:
+    return record.offset
+
+
+def _index(event: Event) -> int:
+    return event[0]
 
 
 def _keep_blocks(db: Connection, tp: Partition, blocks: Sequence[tuple[int, int, int]]) -> None:

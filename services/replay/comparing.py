@@ -296,14 +296,17 @@ def lock_changed(db: Connection) -> None:
     db.execute(_LOCK_ITEMS)
 
 
-def correct(db: Connection, scope: Scope) -> None:
+def correct(db: Connection, scope: Scope, found: Differences) -> None:
     """Write what :func:`compare` found; the items are locked. Closing pushes the difference."""
-    books.lock_books(db)
+    with_books = found.periods or db.execute("SELECT FROM replay_changes WHERE is_new LIMIT 1").fetchone()
+    if with_books:
+        books.lock_books(db)
     for statement in (_CORRECT, _RESTORE, *_CORRECT_VALUES, _MARK_DIRTY, _CORRECT_WATERMARKS):
         db.execute(statement)
-    books.compare_books(db, values_of(scope), scope=_IN_SCOPE, window=_IN_WINDOW)
-    books.keep_only_locked(db)
-    books.correct_books(db)
+    if with_books:  # what is kept of an hour that was there all along does not depend on its total
+        books.compare_books(db, values_of(scope), scope=_IN_SCOPE, window=_IN_WINDOW)
+        books.keep_only_locked(db)
+        books.correct_books(db)
 
 
 def moved_calendars(db: Connection) -> bool:

@@ -286,8 +286,9 @@ class Replayer:
                 raise _CalendarsMoved
             plan = work.plan(found)
             self._check(db, request, plan, found)
-            comparing.lock_changed(db)
-            comparing.correct(db, work.scope)
+            if found.any:
+                comparing.lock_changed(db)
+                comparing.correct(db, work.scope, found)
             self._finish(db, replay_id, plan, by)
             comparing.clear(db)
             fault_point("replay.before_commit")

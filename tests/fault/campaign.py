@@ -144,8 +144,8 @@ def settle(pipeline: Pipeline) -> float:
 
 
 def exact(pipeline: Pipeline) -> None:
-    """The conservation gap is 0, in the database and for each worker; all else is what the log says, also when
-    it is rebuilt by a replay of everything."""
+    """The conservation gap is 0, in the database and for each worker; all else is what the log says, also
+    when it is rebuilt by a replay of everything."""
     assert pipeline.processed() == sum(pipeline.outcomes().values()), "the conservation gap is not 0"
     for worker in pipeline.workers:
         if worker.alive():

@@ -686,7 +686,7 @@ class World:
                 found = self.recount()
                 assert found.any or not changed
                 comparing.lock_changed(self.db)
-                comparing.correct(self.db, everything())
+                comparing.correct(self.db, everything(), found)
             assert not self.recount().any
             self.check()
 
