@@ -63,10 +63,16 @@ def hours_of(db: Connection, log: Log, scope: Scope, positions: Mapping[Partitio
     if scope.arrived is not None:
         since, until = scope.arrived
         first, last = log.offsets_at(list(positions), since), log.offsets_at(list(positions), until)
+        begins = log_starts(log.admin, positions)
         asked = [
-            (tp, first[tp], last[tp] if last[tp] >= 0 else positions[tp].next)
+            (
+                tp,
+                # Who asks for the log's very first record may mean what is in it no more.
+                positions[tp].start if first[tp] in (begins[tp], -1) else first[tp],
+                last[tp] if last[tp] >= 0 else positions[tp].next,
+            )
             for tp in positions
-            if first[tp] >= 0
+            if first[tp] >= 0 or begins[tp] == positions[tp].next > positions[tp].start
         ]
     elif scope.offsets:
         asked = [(Partition(topic, number), start, end) for topic, number, start, end in scope.offsets]
@@ -126,6 +132,8 @@ def require_held(
         Transient: Kafka does not answer.
     """
     begins = log_starts(log.admin, positions)
+    if scope.since_us == scope.until_us:
+        return begins
     earliest: int | None = None
     for tp, position in positions.items():
         usable = max(_usable_from(log.archive, tp, position, begins[tp]), position.decided)

@@ -36,8 +36,8 @@ def fault_points(*prefixes: str) -> list[str]:
 
 
 def counters_points() -> list[str]:
-    """All but those of the archiver, the pusher and the dispatcher, which ``test_*_killed`` die at."""
-    return sorted(set(fault_points("")) - set(fault_points("archive.", "pusher.", "webhooks.")))
+    """All but those of other processes, which ``test_*_killed`` die at."""
+    return sorted(set(fault_points("")) - set(fault_points("archive.", "pusher.", "replay.", "webhooks.")))
 
 
 def die_at(pipeline: Pipeline, worker: Worker, point: str, count: int, records: Iterator[Record]) -> None:

@@ -12,16 +12,11 @@ import pytest
 from services.streaming import replays
 from services.streaming.replays import ReplayRequest
 from tests.fault.campaign import Campaign, settle, some_seed
+from tests.fault.test_fault_points import fault_points
 from tests.fault.traffic import TENANTS
 from tests.pipeline import Pipeline, Worker, until
 
-POINTS = (
-    "replay.before_flush",
-    "replay.after_flush",
-    "replay.locked",
-    "replay.before_commit",
-    "replay.after_commit",
-)
+POINTS = fault_points("replay.")
 #: What a later push can take back: what a meter of greatest or distinct values was sent too much, it cannot.
 DAMAGE = (
     "total = b.total * 3 + 1 WHERE m.aggregation IN ('sum', 'count')",
@@ -78,7 +73,7 @@ def survive(campaign: Campaign, seed: int, events: int, seconds: float, kills: i
     with pipeline.database() as db:
         db.execute("UPDATE meters SET allow_negative = true WHERE aggregation IN ('sum', 'count')")
     worker, replayer = pipeline.worker().start(), runner(pipeline)
-    damaged = reached = 0
+    damaged = 0
     fault_log = pipeline.directory / "points"
     with campaign.load(seed, events, seconds):
         worker.await_healthy()
@@ -86,18 +81,20 @@ def survive(campaign: Campaign, seed: int, events: int, seconds: float, kills: i
             pipeline.push()
             damaged += damage(pipeline, chance)
             ask(pipeline, chance.choice([*TENANTS, None]))
-            if number % 3 < 2:
-                point = f"{POINTS[number % len(POINTS)]}:{chance.randrange(1, 4) if number % 5 < 2 else 1}"
-                replayer.start(FAULT_POINT=point, FAULT_LOG=str(fault_log))
+            if number < len(POINTS) or number % 3:
+                point = POINTS[number % len(POINTS)]
+                count = chance.randrange(1, 4) if point.endswith("flush") else 1
+                replayer.start(FAULT_POINT=f"{point}:{count}", FAULT_LOG=str(fault_log))
                 until(lambda: not replayer.alive() or not open_ones(pipeline), "the point", 60, replayer.log)
             else:
                 replayer.start()
                 time.sleep(chance.uniform(0.8, 2.5))
             campaign.kills += replayer.alive()
             replayer.kill()
-    reached = len(fault_log.read_text().split()) if fault_log.exists() else 0
-    campaign.kills += reached
-    assert damaged and reached, "nothing was damaged, or no point was reached"
+    reached = fault_log.read_text().split() if fault_log.exists() else []
+    campaign.kills += len(reached)
+    assert damaged, "nothing was damaged"
+    assert set(reached) == set(POINTS), "a step was never reached"
     replayer.start()
     until(lambda: not open_ones(pipeline), "every replay", 120, replayer.log)
     settle(pipeline)
@@ -107,7 +104,7 @@ def survive(campaign: Campaign, seed: int, events: int, seconds: float, kills: i
     assert pipeline.query("SELECT state FROM replays WHERE replay_id = %s", last) == [("done",)], (
         replayer.log()
     )
-    campaign.more = {"damaged_rows": damaged, "points_reached": reached, "replays": states(pipeline)}
+    campaign.more = {"damaged_rows": damaged, "points_reached": len(reached), "replays": states(pipeline)}
     assert set(states(pipeline)) == {"done"}, pipeline.query("SELECT * FROM replays WHERE state <> 'done'")
     replayer.kill()
     campaign.prove()

@@ -280,6 +280,33 @@ def test_only_what_was_asked_for_is_touched(scene: Scene) -> None:
     assert scene.dry_run().changed_hours == 3
 
 
+def test_an_hour_that_a_new_calendar_cuts_is_cut_by_a_replay(scene: Scene) -> None:
+    hour_s = NOW_S // HOUR_S * HOUR_S - 5 * HOUR_S
+    scene.pipeline.customer(scene.tenant, "cus_1", "1 month UTC")
+    scene.feed(scene.usage("before", 3, hour_s + 600), scene.usage("after", 4, hour_s + 3000))
+    scene.settle()
+    edge = datetime.fromtimestamp(hour_s + 1800, UTC)
+    scene.pipeline.query(
+        "UPDATE customers SET calendar = %s WHERE tenant_id = %s RETURNING 1",
+        f"1 month UTC {edge:%Y-%m-%dT%H:%M:%SZ}",
+        scene.tenant,
+    )
+    moved = (
+        "SELECT straddling FROM calendar_changes WHERE tenant_id = %s AND done_at IS NOT NULL AND items > 0"
+    )
+    until(lambda: scene.pipeline.query(moved, scene.tenant) == [(1,)], "the change carried out")
+    hours = (
+        "SELECT total, events FROM buckets b JOIN items i USING (item_id) WHERE i.tenant_id = %s "
+        "AND events > 0 ORDER BY period_start"
+    )
+    assert scene.pipeline.query(hours, scene.tenant) == [(7, 2)]
+    assert scene.dry_run().changed_hours == 2
+    assert scene.apply()["state"] == "done"
+    assert scene.pipeline.query(hours, scene.tenant) == [(3, 1), (4, 1)]
+    scene.settle()
+    assert not scene.dry_run().changed_hours
+
+
 def test_a_window_by_arrival_and_by_offsets_covers_the_usage_that_arrived_there(scene: Scene) -> None:
     began = datetime.now(UTC)
     _, ends = scene.pipeline.log_bounds()
