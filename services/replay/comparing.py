@@ -7,9 +7,10 @@ snapshot for a dry run, locks for an apply. The differences lie in temporary tab
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString
+from uuid import UUID
 
 from psycopg.rows import namedtuple_row
 
@@ -35,15 +36,21 @@ CREATE TEMP TABLE IF NOT EXISTS replay_value_changes (
     PRIMARY KEY (item_id, period_start, value, hour_start));
 CREATE TEMP TABLE IF NOT EXISTS replay_watermarks (
     item_id uuid PRIMARY KEY, before timestamptz, after timestamptz);
+CREATE TEMP TABLE IF NOT EXISTS replay_candidates (item_id uuid PRIMARY KEY);
 CREATE TEMP TABLE IF NOT EXISTS replay_periods (
     item_id uuid, period_start timestamptz, PRIMARY KEY (item_id, period_start));
 """
 
+#: With ``only``, of items that are among the candidates.
 _IN_SCOPE: LiteralString = """
-    (%(tenant)s::text IS NULL OR i.tenant_id = %(tenant)s)
+    (NOT %(only)s OR i.item_id IN (SELECT item_id FROM replay_candidates))
+    AND (%(tenant)s::text IS NULL OR i.tenant_id = %(tenant)s)
     AND (%(meters)s::text[] IS NULL OR i.meter = ANY(%(meters)s))
     AND (%(customer)s::text IS NULL OR i.customer_ref = %(customer)s)
 """
+_RECOUNTED: LiteralString = (
+    "(SELECT * FROM {0} WHERE NOT %(only)s OR item_id IN (SELECT item_id FROM replay_candidates))"
+)
 _IN_WINDOW: LiteralString = "{0}.hour_start >= %(since)s AND {0}.hour_start < %(until)s"
 
 #: The periods of `unique` meters that the window touches. A value counts in the earliest hour of its period,
@@ -54,8 +61,8 @@ SELECT i.item_id, b.period_start
 FROM items i JOIN meters m USING (tenant_id, meter) JOIN buckets b USING (item_id)
 WHERE m.aggregation = 'unique' AND {_IN_SCOPE} AND {_IN_WINDOW.format("b")}
 UNION
-SELECT r.item_id, r.period_start FROM replay_buckets r JOIN replay_items i USING (item_id)
-JOIN meters m USING (tenant_id, meter) WHERE m.aggregation = 'unique'
+SELECT r.item_id, r.period_start FROM {_RECOUNTED.format("replay_buckets")} r
+JOIN replay_items i USING (item_id) JOIN meters m USING (tenant_id, meter) WHERE m.aggregation = 'unique'
 """  # noqa: S608  constants only
 
 _OTHER_HOURS: LiteralString = f"""
@@ -83,7 +90,7 @@ SELECT coalesce(v.item_id, r.item_id), coalesce(v.period_start, r.period_start),
        coalesce(v.hour_start, r.hour_start), v.item_id IS NULL
 FROM (SELECT v.* FROM unique_values v JOIN items i USING (item_id)
       WHERE {_IN_SCOPE} AND {_IN_WINDOW.format("v")}) v
-FULL JOIN replay_values r ON (v.item_id, v.period_start, v.value, v.hour_start)
+FULL JOIN {_RECOUNTED.format("replay_values")} r ON (v.item_id, v.period_start, v.value, v.hour_start)
                            = (r.item_id, r.period_start, r.value, r.hour_start)
 WHERE v.item_id IS NULL OR r.item_id IS NULL
 """  # noqa: S608  constants only
@@ -100,7 +107,7 @@ SELECT coalesce(a.item_id, r.item_id), coalesce(a.hour_start, r.hour_start),
 FROM (SELECT b.* FROM buckets b JOIN items i USING (item_id)
       WHERE {_IN_SCOPE} AND ({_IN_WINDOW.format("b")} OR EXISTS (SELECT FROM replay_periods p WHERE
             (p.item_id, p.period_start) = (b.item_id, b.period_start)))) a
-FULL JOIN replay_buckets r ON (a.item_id, a.hour_start, a.period_start)
+FULL JOIN {_RECOUNTED.format("replay_buckets")} r ON (a.item_id, a.hour_start, a.period_start)
                             = (r.item_id, r.hour_start, r.period_start)
 WHERE coalesce(a.total, 0) <> coalesce(r.total, 0) OR coalesce(a.events, 0) <> coalesce(r.events, 0)
    OR a.item_id IS NULL
@@ -109,12 +116,13 @@ WHERE coalesce(a.total, 0) <> coalesce(r.total, 0) OR coalesce(a.events, 0) <> c
 """  # noqa: S608  constants only
 
 #: A window knows a least watermark of its items; only everything knows the watermark.
-_WATERMARKS: LiteralString = """
+_WATERMARKS: LiteralString = f"""
 INSERT INTO replay_watermarks
-SELECT item_id, i.watermark, r.watermark FROM replay_items r JOIN items i USING (item_id)
+SELECT item_id, i.watermark, r.watermark
+FROM {_RECOUNTED.format("replay_items")} r JOIN items i USING (item_id)
 WHERE CASE WHEN %(exact)s THEN i.watermark <> r.watermark ELSE i.watermark < r.watermark END
   AND r.watermark > '1970-01-01T00:00:00Z'
-"""
+"""  # noqa: S608  constants only
 
 _ORDERED: LiteralString = """
 SELECT c.*, coalesce(i.tenant_id, r.tenant_id) AS tenant_id,
@@ -168,9 +176,10 @@ def clear(db: Connection) -> None:
     db.execute("TRUNCATE replay_items, replay_buckets, replay_values")
 
 
-def values_of(scope: Scope) -> dict[str, Any]:
+def values_of(scope: Scope, *, only: bool = False) -> dict[str, Any]:
     """Parameters of the statements of this module."""
     return {
+        "only": only,
         "tenant": scope.tenant_id,
         "meters": list(scope.meters) or None,
         "customer": scope.customer_ref,
@@ -180,11 +189,17 @@ def values_of(scope: Scope) -> dict[str, Any]:
     }
 
 
-def compare(db: Connection, scope: Scope) -> Differences:
-    """Find every difference in the scope."""
-    values = values_of(scope)
-    for table in ("replay_changes", "replay_value_changes", "replay_watermarks", "replay_periods"):
+def forget(db: Connection) -> None:
+    """Forget the differences that were found last on this connection."""
+    tables = ("replay_changes", "replay_value_changes", "replay_watermarks", "replay_periods", "replay_books")
+    for table in tables:
         db.execute(f"DELETE FROM {table}")  # noqa: S608  (TRUNCATE is no read-only statement)
+
+
+def compare(db: Connection, scope: Scope, *, only: bool = False) -> Differences:
+    """Find every difference in the scope; ``only``: of the candidates."""
+    values = values_of(scope, only=only)
+    forget(db)
     for statement in (_PERIODS, _OTHER_HOURS, _DISTINCT, _VALUE_CHANGES, _CHANGES, _WATERMARKS):
         db.execute(statement, values)
     books.compare_books(db, values, scope=_IN_SCOPE, window=_IN_WINDOW)
@@ -212,6 +227,25 @@ def compare(db: Connection, scope: Scope) -> Differences:
                 digest.update(f"{row}\n".encode())
     values_changed, watermarks, periods_changed = counts
     return Differences(number, items, values_changed, watermarks, periods_changed, digest.hexdigest())
+
+
+_CHANGED_ITEMS: LiteralString = (
+    "SELECT item_id FROM replay_changes UNION SELECT item_id FROM replay_watermarks "
+    "UNION SELECT item_id FROM replay_value_changes UNION SELECT item_id FROM replay_books"
+)
+
+
+def changed_items(db: Connection) -> list[UUID]:
+    """The items that differ."""
+    return [row[0] for row in db.execute(_CHANGED_ITEMS).fetchall()]
+
+
+def set_candidates(db: Connection, items: Sequence[UUID]) -> None:
+    """Name the items that :func:`compare` looks at with ``only``."""
+    db.execute("DELETE FROM replay_candidates")
+    with db.cursor().copy("COPY replay_candidates FROM STDIN") as copy:
+        copy.write("".join(f"{item}\n" for item in items))
+    db.execute("ANALYZE replay_candidates")
 
 
 def _ordered(db: Connection) -> Iterator[Any]:
@@ -253,11 +287,12 @@ SELECT item_id, tenant_id, customer_ref, meter, dimensions, watermark, calendar 
 WHERE EXISTS (SELECT FROM replay_changes c WHERE c.item_id = r.item_id)
 ORDER BY item_id ON CONFLICT DO NOTHING
 """
-_LOCK_ITEMS: LiteralString = """
-SELECT FROM items WHERE item_id IN (
-    SELECT item_id FROM replay_changes UNION SELECT item_id FROM replay_watermarks
-    UNION SELECT item_id FROM replay_value_changes UNION SELECT item_id FROM replay_books)
-ORDER BY item_id FOR UPDATE
+_LOCK_ITEMS: LiteralString = f"""
+SELECT FROM items WHERE item_id IN ({_CHANGED_ITEMS}) ORDER BY item_id FOR UPDATE
+"""
+_LOCK_HOURS: LiteralString = """
+SELECT FROM buckets b JOIN replay_changes c USING (item_id, hour_start, period_start)
+ORDER BY b.item_id, b.hour_start, b.period_start FOR UPDATE OF b
 """
 _CORRECT: LiteralString = """
 UPDATE buckets b SET total = c.after, events = c.events_after,
@@ -296,15 +331,16 @@ def lock_changed(db: Connection) -> None:
     db.execute(_LOCK_ITEMS)
 
 
-def correct(db: Connection, scope: Scope, found: Differences) -> None:
+def correct(db: Connection, scope: Scope, found: Differences, *, only: bool = False) -> None:
     """Write what :func:`compare` found; the items are locked. Closing pushes the difference."""
+    db.execute(_LOCK_HOURS)
     with_books = found.periods or db.execute("SELECT FROM replay_changes WHERE is_new LIMIT 1").fetchone()
     if with_books:
         books.lock_books(db)
     for statement in (_CORRECT, _RESTORE, *_CORRECT_VALUES, _MARK_DIRTY, _CORRECT_WATERMARKS):
         db.execute(statement)
     if with_books:  # what is kept of an hour that was there all along does not depend on its total
-        books.compare_books(db, values_of(scope), scope=_IN_SCOPE, window=_IN_WINDOW)
+        books.compare_books(db, values_of(scope, only=only), scope=_IN_SCOPE, window=_IN_WINDOW)
         books.keep_only_locked(db)
         books.correct_books(db)
 

@@ -150,7 +150,7 @@ class Replayer:
             autocommit=True,
             application_name="tidemeter-replay",
             connect_timeout=5,
-            options="-c idle_in_transaction_session_timeout=60000 -c jit=off",
+            options="-c idle_in_transaction_session_timeout=60000 -c jit=off -c work_mem=64MB",
         )
         register(db)
         return db
@@ -184,7 +184,8 @@ class Replayer:
                     db.execute(f"ANALYZE {table}")  # noqa: S608  constants only
                 db.isolation_level, db.read_only = IsolationLevel.REPEATABLE_READ, True
                 with db.transaction():
-                    return work.plan(work.finish(lock=False))
+                    found = work.finish()
+                    return work.plan(found, comparing.totals(db, work.scope))
             finally:
                 source.close()
 
@@ -266,6 +267,7 @@ class Replayer:
         whole = request == ReplayRequest(mode="apply", plan_hash=request.plan_hash, force=request.force)
         scope = everything() if whole else resolve(db, request, datetime.now(UTC))
         comparing.prepare_tables(db, dry=False)
+        comparing.forget(db)
         work = _Work(self, db, source, scope, force=request.force, progress=progress, replay_id=replay_id)
         if kept:
             work.go_on(State.load(kept))
@@ -278,17 +280,21 @@ class Replayer:
         work.catch_up()
         for table in ("replay_items", "replay_buckets", "replay_values"):
             db.execute(f"ANALYZE {table}")  # noqa: S608  constants only
+        preview, totals = work.preview()
         with db.transaction():
-            exclude_beside_the_log(db)
-            found = work.finish(lock=True)
-            fault_point("replay.locked")
-            if comparing.moved_calendars(db):
-                raise _CalendarsMoved
-            plan = work.plan(found)
+            if preview.any:  # else nobody has to wait
+                exclude_beside_the_log(db)
+                found = work.finish(lock=True)
+                fault_point("replay.locked")
+                if comparing.moved_calendars(db):
+                    raise _CalendarsMoved
+            else:
+                found = preview
+            plan = work.plan(found, totals)
             self._check(db, request, plan, found)
             if found.any:
                 comparing.lock_changed(db)
-                comparing.correct(db, work.scope, found)
+                comparing.correct(db, work.scope, found, only=True)
             self._finish(db, replay_id, plan, by)
             comparing.clear(db)
             fault_point("replay.before_commit")
@@ -495,8 +501,26 @@ class _Work:
             if sum(one.records for one in tail) <= _TAIL_RECORDS:
                 return
 
-    def finish(self, *, lock: bool) -> Differences:
-        """The rest, inside the transaction that compares."""
+    def preview(self) -> tuple[Differences, list[Any]]:
+        """What :meth:`finish` would find now, while everything goes on, and the totals by meter. It names the
+        candidates: what is equal now is not damaged by those who go on."""
+        db, state, recount = self._db, self.state, self.recount
+        self.save()
+        kept = dict(state.to), state.read, recount.basis, recount.matched, Counter(recount.unreadable)
+        db.isolation_level = IsolationLevel.REPEATABLE_READ
+        try:
+            with db.transaction(force_rollback=True):
+                found = self.finish()
+                items, totals = comparing.changed_items(db), comparing.totals(db, self.scope)
+        finally:
+            db.isolation_level = None
+            state.to, state.read, recount.basis, recount.matched, recount.unreadable = kept
+        comparing.set_candidates(db, items)
+        return found, totals
+
+    def finish(self, *, lock: bool = False) -> Differences:
+        """The rest, inside the transaction that compares; with ``lock`` counting waits, and only candidates
+        are compared."""
         db = self._db
         positions = read_positions(db, lock=lock)
         for one in self._missing(db, _basis(db), positions):
@@ -505,7 +529,7 @@ class _Work:
                 self.state.read += len(batch)
         self.recount.flush(db)
         self.recount.take_adjustments(db)
-        return comparing.compare(db, self.scope)
+        return comparing.compare(db, self.scope, only=lock)
 
     def _look(self, db: Connection) -> tuple[int, dict[Partition, Position]]:
         """Where counting stands; every re-drive up to the basis is committed."""
@@ -544,7 +568,7 @@ class _Work:
             archive is not None and any(start <= offset < end for start, end in archive.held(tp))
         )
 
-    def plan(self, found: Differences) -> Plan:
+    def plan(self, found: Differences, totals: Sequence[Any]) -> Plan:
         """What was found, as it is shown."""
         db, scope, recount = self._db, self.scope, self.recount
         rows = comparing.changes(db, HOURS_SHOWN)
@@ -610,7 +634,7 @@ class _Work:
                     _plain(row.before),
                     _plain(row.after),
                 )
-                for row in comparing.totals(db, scope)
+                for row in totals
             ],
             plan_hash=found.digest,
         )

@@ -97,6 +97,8 @@ def survive(campaign: Campaign, seed: int, events: int, seconds: float, kills: i
     assert set(reached) == set(POINTS), "a step was never reached"
     replayer.start()
     until(lambda: not open_ones(pipeline), "every replay", 120, replayer.log)
+    ask(pipeline, None)  # of what was damaged last
+    until(lambda: not open_ones(pipeline), "one more", 60, replayer.log)
     settle(pipeline)
     damage(pipeline, chance)
     last = ask(pipeline, None)
