@@ -160,7 +160,8 @@ class Log:
         Raises:
             Transient: Kafka does not answer.
         """
-        asked = [TopicPartition(tp.topic, tp.partition, -(-at_us // 1000)) for tp in partitions]
+        at_ms = max(0, -(-at_us // 1000))  # below 0 Kafka takes it for a word, such as "the end"
+        asked = [TopicPartition(tp.topic, tp.partition, at_ms) for tp in partitions]
         try:
             found = self._consumer.offsets_for_times(asked, timeout=_SILENCE_SECONDS) if asked else []
         except KafkaException as error:

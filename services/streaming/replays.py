@@ -88,6 +88,8 @@ class ReplayRequest(
 
 #: Times that stand for no bound, in microseconds. PostgreSQL has them as infinite.
 ALWAYS, NEVER_ENDING = -(2**62), 2**62
+#: The last full hour that there is a date for.
+_LATEST = micros(datetime(9999, 12, 31, 23, tzinfo=UTC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class Scope:
 
     def within(self, since_us: int, until_us: int) -> Scope:
         """The same items in the full hours around these times."""
-        until_us = NEVER_ENDING if until_us >= NEVER_ENDING else -(-until_us // HOUR_US) * HOUR_US
+        until_us = NEVER_ENDING if until_us > _LATEST else -(-until_us // HOUR_US) * HOUR_US
         since_us = ALWAYS if since_us <= ALWAYS else hour_start(since_us)
         return replace(self, since_us=since_us, until_us=until_us, arrived=None, offsets=())
 
@@ -162,6 +164,11 @@ def resolve(db: Connection, request: ReplayRequest, now: datetime) -> Scope:
     return scope.within(*window)
 
 
+def unknown_tenant() -> RefusedReplay:
+    """There is no such tenant, or not for who asks: both look the same."""
+    return RefusedReplay("tenant_unknown", "there is no such tenant", path="tenantId")
+
+
 def everything() -> Scope:
     """Every hour of every item."""
     return Scope(None, (), None)
@@ -173,7 +180,7 @@ def _targets(db: Connection, request: ReplayRequest) -> Scope:
         raise RefusedReplay("tenant_missing", "say of which tenant", path="tenantId")
     if tenant_id is not None:
         if db.execute("SELECT FROM tenants WHERE tenant_id = %s", (tenant_id,)).fetchone() is None:
-            raise RefusedReplay("tenant_unknown", "there is no such tenant", path="tenantId")
+            raise unknown_tenant()
         rows = db.execute("SELECT meter FROM meters WHERE tenant_id = %s", (tenant_id,)).fetchall()
         known = {row[0] for row in rows}
         for number, meter in enumerate(request.metrics):
@@ -207,7 +214,10 @@ def _period(db: Connection, request: ReplayRequest, at_us: int) -> tuple[int, in
         (request.customer_ref, request.tenant_id),
     ).fetchone()
     assert row is not None  # noqa: S101  (the tenant was found; for the type checker)
-    return Calendar.parse(row[0]).bounds(at_us)
+    try:
+        return Calendar.parse(row[0]).bounds(at_us)
+    except (OverflowError, ValueError):
+        raise RefusedReplay("time_invalid", "no billing period has this time", path="period") from None
 
 
 # -- Jobs --------------------------------------------------------------------------------------------------
@@ -215,6 +225,11 @@ def _period(db: Connection, request: ReplayRequest, at_us: int) -> tuple[int, in
 COLUMNS = (
     *("replay_id", "state", "tenant_id", "meters", "since", "until", "request", "plan_hash", "requested_by"),
     *("requested_at", "started_at", "finished_at", "records_read", "records_total", "error"),
+)
+
+#: Without bound is null: Python has no infinite times.
+_SHOWN = ", ".join(COLUMNS).replace(
+    "since, until", "nullif(since, '-infinity') AS since, nullif(until, 'infinity') AS until"
 )
 
 _OVERLAPS = """
@@ -286,7 +301,7 @@ def find(
     return (
         db.cursor(row_factory=dict_row)
         .execute(
-            f"SELECT {', '.join(COLUMNS)} FROM replays "  # noqa: S608  constants only
+            f"SELECT {_SHOWN} FROM replays "  # noqa: S608  constants only
             "WHERE (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s) "
             "AND (%(before)s::bigint IS NULL OR replay_id < %(before)s) "
             "ORDER BY replay_id DESC LIMIT %(limit)s",
@@ -305,7 +320,7 @@ def show(db: Connection, replay_id: int, *, only_tenant: str | None = None) -> R
     row = (
         db.cursor(row_factory=dict_row)
         .execute(
-            f"SELECT {', '.join(COLUMNS)}, result FROM replays WHERE replay_id = %s "  # noqa: S608
+            f"SELECT {_SHOWN}, result FROM replays WHERE replay_id = %s "  # noqa: S608
             "AND (%s::text IS NULL OR tenant_id = %s)",
             (replay_id, only_tenant, only_tenant),
         )
@@ -347,6 +362,25 @@ def carried_out_before(db: Connection, request: ReplayRequest) -> int | None:
         (request.plan_hash, request.tenant_id),
     ).fetchone()
     return None if row is None else int(row[0])
+
+
+#: The field at fault, of a refusal that is kept as "code: sentence".
+_PATHS = {
+    "tenant_unknown": "tenantId",
+    "meter_unknown": "metrics",
+    "partition_unknown": "offsets",
+    "window_not_held": "since",
+    "window_too_large": "since",
+    "plan_stale": "planHash",
+    "changes_too_many": "planHash",
+    "records_unreadable": "force",
+}
+
+
+def refusal_of(row: Row) -> RefusedReplay:
+    """Why a replay that is ``refused`` was, from what is kept of it."""
+    code, _, message = (row["error"] or "").partition(": ")
+    return RefusedReplay(code, message, path=_PATHS.get(code, ""), replay_id=row["replay_id"])
 
 
 def dump(document: Mapping[str, Any]) -> str:

@@ -324,6 +324,29 @@ def test_a_window_by_arrival_and_by_offsets_covers_the_usage_that_arrived_there(
     assert scene.dry_run(since=None, offsets=offsets).changed_hours == 2
 
 
+def test_a_window_without_bounds_of_its_own_can_be_applied_and_shown(scene: Scene) -> None:
+    scene.feed(scene.usage("a", 3))
+    scene.damage("total = total + 1")
+    done = scene.apply(by="arrival", since="-PT1H")
+    assert (done["state"], done["since"], done["until"]) == ("done", None, None), done["error"]
+    with scene.pipeline.database() as db:
+        [listed] = replays.find(db, only_tenant=scene.tenant)
+    assert (listed["since"], listed["records_read"]) == (None, done["records_read"])
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [
+        {"since": "0001-01-01T00:00:00Z", "until": "9999-12-31T23:59:59.999999Z"},
+        {"since": "1969-12-31T23:59:59Z", "until": "9999-12-31T23:59:59Z", "by": "arrival"},
+    ],
+)
+def test_a_window_to_the_edges_of_time_is_a_window(scene: Scene, edges: dict[str, Any]) -> None:
+    scene.feed(scene.usage("a", 3))
+    scene.damage("total = total + 1")
+    assert scene.dry_run(**edges).changed_hours == 1
+
+
 @pytest.mark.parametrize(
     ("wrong", "code", "path"),
     [
