@@ -16,6 +16,7 @@ from services.cli import (
     operate,
     parked,
     periods,
+    replay,
     services,
     status,
     upkeep,
@@ -80,6 +81,9 @@ for command in (
     upkeep.prune,
     services.dispatcher,
     archive,
+    services.replayer,
+    replay.replay,
+    replay.rebuild,
     services.migrate,
     operate.resume,
     bench,
@@ -88,6 +92,7 @@ for command in (
 app.command("stripe-simulator")(services.stripe_simulator)
 app.add_typer(meter_events.meter_events_app, name="meter-events")
 app.add_typer(parked.parked_app, name="parked")
+app.add_typer(replay.replays_app, name="replays")
 app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
 app.add_typer(webhooks_app, name="webhooks")

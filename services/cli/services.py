@@ -1,4 +1,4 @@
-"""``tidemeter ingest | counters | pusher | dispatcher | stripe-simulator | up | migrate``: start things."""
+"""``tidemeter ingest | counters | pusher | dispatcher | replayer | … | up | migrate``: start things."""
 
 from __future__ import annotations
 
@@ -77,6 +77,19 @@ def dispatcher() -> None:
                 lambda db, now: prune(db, retention, now=now, actor="dispatcher"),
             )
         )
+
+
+def replayer() -> None:
+    """Run one replayer: it carries out replays that are applied, one at a time.
+
+    Example: TIDEMETER_WORKER_ID=replayer-1 tidemeter replayer
+    """
+    from services.replay.agent import run
+
+    with sentences():
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format, service="replayer")
+        asyncio.run(run(settings))
 
 
 def stripe_simulator(

@@ -76,3 +76,7 @@ ARCHIVE_HALTED = Gauge(
     "Partitions whose archiving waits for an operator.",
     ["topic", "partition", "reason"],
 )
+#: Replays that are asked for or running. Worry when requested stays above 0: does a replayer run?
+REPLAYS = Gauge("tidemeter_replays", "Replays that are not done.", ["state"])
+#: Records of the replay that runs in this process: read, total. 0 while none does.
+REPLAY_RECORDS = Gauge("tidemeter_replay_records", "Records of the running replay.", ["of"])

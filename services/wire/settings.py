@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     replay_records_max: int = Field(
         20_000_000, ge=1, description="Records that one replay reads, unless it is forced."
     )
+    replay_dry_run_seconds: float = Field(
+        600.0, ge=1, le=86_400, description="Time limit of a dry run that is asked for by HTTP."
+    )
 
     invoice_grace_seconds: float = Field(
         3600.0, ge=0, le=259_200, description="From a period's end to the moment its invoice is final."

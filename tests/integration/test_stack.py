@@ -30,7 +30,9 @@ PLANTED_NAME = "Planted Q. Person"
 PLANTED_URL = "https://billing.example.org/session/planted-5d2e"
 PLANTED_POISON = "planted-poison-e07f"
 #: Every process of ours.
-PROCESSES = ("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "archive", "bridge")
+PROCESSES = (
+    *("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "replayer", "archive", "bridge"),
+)
 CONFIGURATION = f"""
 tenants:
   - id: acme

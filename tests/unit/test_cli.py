@@ -29,7 +29,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("TIDEMETER_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
-    for module in ("services", "demo"):  # a command owns its process's logging; here it is pytest's
+    for module in ("services", "demo", "replay"):  # a command owns its process's logging; here it is pytest's
         monkeypatch.setattr(f"services.cli.{module}.configure_logging", lambda *_, **__: None)
 
 
@@ -57,6 +57,7 @@ def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
     wanted = (
         *("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume"),
         *("periods changes", "periods carried", "offsets show", "offsets reset"),
+        *("replay", "replays list", "replays show", "replays cancel", "rebuild", "replayer"),
     )
     assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
 
@@ -120,6 +121,18 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("adjustments approve x", "no PostgreSQL address"),
         ("periods changes", "no PostgreSQL address"),
         ("periods carried", "no PostgreSQL address"),
+        ("replay --since -PT24H", "no Kafka address"),
+        ("replay --since -PT24H --plan-hash abc", "--plan-hash takes other values than this"),
+        (f"replay --since -PT24H --plan-hash {64 * '0'}", "--plan-hash goes with --apply"),
+        (
+            "replay --offsets usage.v3/0",
+            "'usage.v3/0' is not topic/number:from-to, such as usage.v3/0:100-200",
+        ),
+        ("rebuild", "no Kafka address"),
+        ("replayer", "no Kafka address"),
+        ("replays list", "no PostgreSQL address"),
+        ("replays show 1", "no PostgreSQL address"),
+        ("replays cancel 1", "no PostgreSQL address"),
         ("keys list", "no PostgreSQL address"),
         ("keys create --scope ingest", "--tenant is needed"),
         ("keys create --scope admin", "no PostgreSQL address"),
@@ -156,6 +169,8 @@ def test_misuse_is_one_sentence_that_says_what_to_do(
         "offsets reset --group tidemeter-pusher --to-latest",
         "offsets reset --group tidemeter-pusher --to-offset -1",
         "offsets show --group tidemeter-counters-__assignor-__leader",
+        "replay --since -PT24H --by offsets",
+        "replays show x",
         "keys create --tenant acme",
         "keys create --tenant acme --scope everything",
         "keys create --tenant acme --scope ingest --expires-days 0",
@@ -188,7 +203,7 @@ def test_a_setting_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
             "meter-events list",
             "keys create --scope admin",
         ),
-        *("periods changes", "periods carried"),
+        *("periods changes", "periods carried", "replays list", "replays show 1", "replays cancel 1"),
     ],
 )
 def test_a_database_that_is_away_is_status_3_and_not_misuse(

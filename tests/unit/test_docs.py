@@ -268,6 +268,7 @@ def test_every_attribute_that_is_written_beside_the_name_is_listed() -> None:
 
 def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None:
     text = page("docs/events.md") + page("docs/webhooks.md") + page("docs/parking.md")
+    text += page("docs/replay.md")
     codes: set[str] = set()
     for path in SOURCES:
         if "stripe" in path.parts or "stripe_simulator" in path.parts:
@@ -275,7 +276,8 @@ def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None
         source = path.read_text()
         codes |= set(
             re.findall(
-                r'(?:Invalid|Rejected|Refusal|_bad_quantity|UnknownSchema|Undecodable)\(\s*"(\w+)"', source
+                r'(?:Invalid|Rejected|Refusal|_bad_quantity|UnknownSchema|Undecodable|RefusedReplay)\(\s*"(\w+)"',
+                source,
             )
         )
         codes |= set(re.findall(r'RequestRefused\(\s*\d+,\s*"(\w+)"', source))
