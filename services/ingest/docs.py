@@ -64,6 +64,8 @@ answer, never counts it twice. An event is called `accepted` once every in-sync 
   them, one with `adjust` decides them; a tenant's key knows those of its own tenant only.
 * **Parked records** are those that could not be processed as they came. A key with the scope `read` lists
   them, one with `replay` has them tried again or discards them.
+* **Replays** recompute counters from the log: a dry run shows what differs, an apply corrects it. They need a
+  key with the scope `replay`; a tenant's key replays its own tenant only.
 """
 
 
@@ -290,5 +292,11 @@ def openapi_config() -> OpenAPIConfig:
                 "apiKey": SecurityScheme(type="http", scheme="bearer", description="`tmk_<key id>_<secret>`")
             }
         ),
-        tags=[Tag(name="usage"), Tag(name="adjustments"), Tag(name="parked"), Tag(name="operation")],
+        tags=[
+            Tag(name="usage"),
+            Tag(name="adjustments"),
+            Tag(name="parked"),
+            Tag(name="replays"),
+            Tag(name="operation"),
+        ],
     )

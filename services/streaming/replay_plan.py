@@ -93,3 +93,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     truncated: Annotated[bool, msgspec.Meta(description="Whether more changes than are listed.")]
     totals: list[PlannedTotal]
     plan_hash: str
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why there is no plan: a stable code, a sentence, and the field at fault."""
+
+    code: str
+    message: str
+    path: str
+
+
+class DryRunAnswer(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """What a dry run in a process of its own says: one of these. ``away``: who did not answer."""
+
+    plan: Plan | None = None
+    refusal: Refusal | None = None
+    away: str | None = None
