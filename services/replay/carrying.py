@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
 import threading
 
 import psycopg
 import structlog
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
 from services.replay.recompute import Connection
-from services.replay.running import GROUP_PREFIX, Replayer
+from services.replay.running import Replayer
 from services.streaming.database import TRANSIENT_ERRORS
 from services.streaming.observe import Status
 from services.wire import metrics
@@ -48,37 +45,12 @@ def replayer_of(settings: Settings) -> Replayer:
     return Replayer(settings)
 
 
-def forget_groups(settings: Settings, db: Connection) -> None:
-    """Delete the consumer groups of replays that have ended: a process that was killed could not.
-
-    Nothing depends on it: what cannot be deleted now is another time.
-    """
-    admin = AdminClient({"bootstrap.servers": settings.kafka(), "socket.timeout.ms": 5_000})
-    try:
-        listed = admin.list_consumer_groups(request_timeout=5).result().valid
-        groups = {
-            int(found[1]): group.group_id
-            for group in listed
-            if (found := re.fullmatch(rf"{GROUP_PREFIX}-([0-9]{{1,18}})", group.group_id)) is not None
-        }
-        rows = db.execute(
-            "SELECT replay_id FROM replays WHERE replay_id = ANY(%s) AND finished_at IS NOT NULL",
-            (list(groups),),
-        ).fetchall()
-        ended = [groups[replay_id] for (replay_id,) in rows]
-        for future in admin.delete_consumer_groups(ended, request_timeout=5).values() if ended else ():
-            future.result()
-    except KafkaException as error:
-        log.info("groups of ended replays stay for now", error=error)
-
-
 class Carrier:
     """Looks for replays and carries them out until :meth:`stop`. A broken invariant ends the thread:
     ``failure`` has it, and ``ended`` is set."""
 
     def __init__(self, settings: Settings, *, look_seconds: float = LOOK_SECONDS) -> None:
         """Raises what :func:`replayer_of` does."""
-        self._settings = settings
         self._replayer = replayer_of(settings)
         self._look_seconds = look_seconds
         self._stop = threading.Event()
@@ -125,7 +97,6 @@ class Carrier:
             try:
                 with self._replayer.connect() as db:
                     self._db = db
-                    forget_groups(self._settings, db)
                     while not self._stop.is_set():
                         found = self._replayer.step(db, self._note)
                         self._told(0, 0)

@@ -5,7 +5,6 @@ A dry run is no job: it leaves nothing behind. Carrying out is the part of ``ser
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -354,16 +353,6 @@ def cancel(db: Connection, replay_id: int, *, by: str, only_tenant: str | None =
         return True
 
 
-def carried_out_before(db: Connection, request: ReplayRequest) -> int | None:
-    """The replay that has carried this very plan out last, if the request names one."""
-    row = db.execute(
-        "SELECT replay_id FROM replays WHERE state = 'done' AND plan_hash = %s "
-        "AND tenant_id IS NOT DISTINCT FROM %s ORDER BY replay_id DESC LIMIT 1",
-        (request.plan_hash, request.tenant_id),
-    ).fetchone()
-    return None if row is None else int(row[0])
-
-
 #: The field at fault, of a refusal that is kept as "code: sentence".
 _PATHS = {
     "tenant_unknown": "tenantId",
@@ -381,8 +370,3 @@ def refusal_of(row: Row) -> RefusedReplay:
     """Why a replay that is ``refused`` was, from what is kept of it."""
     code, _, message = (row["error"] or "").partition(": ")
     return RefusedReplay(code, message, path=_PATHS.get(code, ""), replay_id=row["replay_id"])
-
-
-def dump(document: Mapping[str, Any]) -> str:
-    """JSON for a column."""
-    return json.dumps(document, default=str)
