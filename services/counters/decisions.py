@@ -54,11 +54,14 @@ def keep_decisions(db: Connection, prepared: Prepared, uncounted: Sequence[int])
             (tp.topic, tp.partition, offsets[0], offsets[-1], int8_array(offsets)),
         )
     if prepared.events:
-        times = [event[4] for event in prepared.events]
+        events = prepared.events
+        if prepared.repeats:  # a repeat without a time of its own may be of another hour
+            events = sorted([*events, *prepared.repeats], key=_index)
+        times = [event[4] for event in events]
         blocks, start = [], 0
         for block in range(chunk.first_offset // BLOCK_RECORDS, (chunk.next_offset - 1) // BLOCK_RECORDS + 1):
             after = bisect_left(records, (block + 1) * BLOCK_RECORDS, key=_offset)
-            end = bisect_left(prepared.events, after, lo=start, key=_index)
+            end = bisect_left(events, after, lo=start, key=_index)
             if end > start:
                 blocks.append((block, min(times[start:end]), max(times[start:end])))
             start = end

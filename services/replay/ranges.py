@@ -122,6 +122,39 @@ def find_ranges(db: Connection, scope: Scope, positions: Mapping[Partition, Posi
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What log and archive still have: where each log begins, the offset from which on everything is there
+    and its decision is kept, and, of partitions that lost something, the first full hour without a loss."""
+
+    begins: Mapping[Partition, int]
+    usable: Mapping[Partition, int]
+    lost_until: Mapping[Partition, int]
+
+    @property
+    def earliest(self) -> int | None:
+        """The first full hour from which on nothing is lost anywhere; None: nothing is."""
+        return max(self.lost_until.values(), default=None)
+
+
+def find_held(db: Connection, log: Log, positions: Mapping[Partition, Position]) -> Held:
+    """Ask log and archive.
+
+    Raises:
+        Transient: Kafka does not answer.
+    """
+    begins = log_starts(log.admin, positions)
+    usable: dict[Partition, int] = {}
+    lost_until: dict[Partition, int] = {}
+    for tp, position in positions.items():
+        usable[tp] = max(_usable_from(log.archive, tp, position, begins[tp]), position.decided)
+        if usable[tp] <= position.start:
+            continue
+        if (lost := _lost_until(db, log, tp, usable[tp], position)) is not None:
+            lost_until[tp] = lost
+    return Held(begins, usable, lost_until)
+
+
 def require_held(
     db: Connection, log: Log, scope: Scope, positions: Mapping[Partition, Position]
 ) -> dict[Partition, int]:
@@ -131,31 +164,27 @@ def require_held(
         RefusedReplay: ``window_not_held``; the message names the earliest time that is.
         Transient: Kafka does not answer.
     """
-    begins = log_starts(log.admin, positions)
     if scope.since_us == scope.until_us:
-        return begins
-    earliest: int | None = None
-    for tp, position in positions.items():
-        usable = max(_usable_from(log.archive, tp, position, begins[tp]), position.decided)
-        if usable <= position.start:
-            continue
-        if scope.since_us == ALWAYS:
-            raise RefusedReplay(
-                "window_not_held",
-                f"the log of {tp.topic}/{tp.partition} can be replayed from offset {usable} on, and was "
-                f"counted from {position.start}: everything can only be rebuilt with an archive of it",
-                path="since",
-            )
-        if (lost := _lost_until(db, log, tp, usable, position)) is not None:
-            earliest = max(lost, earliest or 0)
-    if earliest is not None and scope.since_us < earliest:
+        return log_starts(log.admin, positions)
+    held = find_held(db, log, positions)
+    if scope.since_us == ALWAYS:
+        for tp, position in positions.items():
+            if held.usable[tp] > position.start:
+                raise RefusedReplay(
+                    "window_not_held",
+                    f"the log of {tp.topic}/{tp.partition} can be replayed from offset {held.usable[tp]} on, "
+                    f"and was counted from {position.start}: everything can only be rebuilt with an archive "
+                    "of it",
+                    path="since",
+                )
+    if held.earliest is not None and scope.since_us < held.earliest:
         raise RefusedReplay(
             "window_not_held",
             "the window begins before what is kept: the earliest it can begin is "
-            f"{instant(earliest):%Y-%m-%dT%H:%M:%SZ}",
+            f"{instant(held.earliest):%Y-%m-%dT%H:%M:%SZ}",
             path="since",
         )
-    return begins
+    return dict(held.begins)
 
 
 def _usable_from(archive: Archive | None, tp: Partition, position: Position, log_start: int) -> int:

@@ -38,9 +38,10 @@ Connection = psycopg.Connection[Any]
 #: many events.
 HELD_MAX = 100_000
 #: No chunk is longer: what it left uncounted begins at most so far below its last record.
-_CHUNK_RECORDS_MAX = 50_000
+CHUNK_RECORDS_MAX = 50_000
 
-_UNREADABLE = (Poison, Rejected, MissingUpcaster, UpcasterFailed, InvalidAfterUpcast)
+#: Why a record cannot be read.
+UNREADABLE = (Poison, Rejected, MissingUpcaster, UpcasterFailed, InvalidAfterUpcast)
 
 #: Uncounted by now, or by the time that ``basis`` names; what was counted afterwards is read once more.
 _UNCOUNTED: LiteralString = """
@@ -158,7 +159,7 @@ class Recount:
                 ):
                     continue
                 item, occurred, amount = measure(held, config, arrival_us, record)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 self.unreadable[getattr(error, "reason", type(error).__name__)] += 1
                 continue
             matched += 1
@@ -262,7 +263,7 @@ class Recount:
                 "partition": tp.partition,
                 "first": first,
                 "last": last,
-                "chunk": _CHUNK_RECORDS_MAX,
+                "chunk": CHUNK_RECORDS_MAX,
                 "basis": self.basis,
             },
         ).fetchall()
