@@ -31,6 +31,16 @@ ACT_RESPONSES: dict[int, ResponseSpec] = {
     409: documented("So many need `force`.", Problem),
     **COMMON_RESPONSES,
 }
+#: Every answer to a question about an hour but 200.
+EXPLAIN_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("A parameter that is missing, unknown or not understood; or say which tenant.", Problem),
+    404: documented("There is no such tenant, meter or customer; the path says which.", Problem),
+    409: documented("Too many records would have to be read.", Problem),
+    **_COMMON,
+    503: documented(
+        "Others are being answered, it took too long, or PostgreSQL or Kafka does not answer.", Problem
+    ),
+}
 #: Every answer to a decision but 200.
 DECIDE_RESPONSES: dict[int, ResponseSpec] = {
     400: documented("The request is malformed.", Problem),

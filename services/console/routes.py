@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 from litestar.types import ControllerRouterHandler
 
-from services.console import adjustment_routes, parked_routes, replay_routes, webhook_routes
+from services.console import (
+    adjustment_routes,
+    explain_routes,
+    parked_routes,
+    replay_routes,
+    webhook_routes,
+)
 
 ROUTES: Sequence[ControllerRouterHandler] = (
     *adjustment_routes.ROUTES,
+    *explain_routes.ROUTES,
     *parked_routes.ROUTES,
     *replay_routes.ROUTES,
     *webhook_routes.ROUTES,

@@ -133,6 +133,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("replays list", "no PostgreSQL address"),
         ("replays show 1", "no PostgreSQL address"),
         ("replays cancel 1", "no PostgreSQL address"),
+        ("explain --customer c --meter m --hour now", "no PostgreSQL address"),
         ("keys list", "no PostgreSQL address"),
         ("keys create --scope ingest", "--tenant is needed"),
         ("keys create --scope admin", "no PostgreSQL address"),
@@ -177,6 +178,8 @@ def test_misuse_is_one_sentence_that_says_what_to_do(
         "demo --events 1",
         "up --counters 0",
         "status --watch 0",
+        "explain --customer c --meter m",
+        "explain --customer c --meter m --hour now --limit -1",
         "send - --format xml",
         "apply",
     ],
@@ -204,6 +207,7 @@ def test_a_setting_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
             "keys create --scope admin",
         ),
         *("periods changes", "periods carried", "replays list", "replays show 1", "replays cancel 1"),
+        "explain --customer c --meter m --hour now",
     ],
 )
 def test_a_database_that_is_away_is_status_3_and_not_misuse(

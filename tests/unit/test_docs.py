@@ -267,8 +267,8 @@ def test_every_attribute_that_is_written_beside_the_name_is_listed() -> None:
 
 
 def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None:
-    text = page("docs/events.md") + page("docs/webhooks.md") + page("docs/parking.md")
-    text += page("docs/replay.md")
+    pages = ("events", "webhooks", "parking", "replay", "explain")
+    text = "".join(page(f"docs/{name}.md") for name in pages)
     codes: set[str] = set()
     for path in SOURCES:
         if "stripe" in path.parts or "stripe_simulator" in path.parts:
@@ -280,7 +280,7 @@ def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None
                 source,
             )
         )
-        codes |= set(re.findall(r'RequestRefused\(\s*\d+,\s*"(\w+)"', source))
+        codes |= set(re.findall(r'(?:RequestRefused\(\s*\d+,|RefusedQuestion\()\s*"(\w+)"', source))
         if path.name == "prepare.py":
             codes |= set(re.findall(r'return "(\w+)"', source)) | set(
                 re.findall(r'Upcast\w*: "(\w+)"', source)
