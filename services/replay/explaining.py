@@ -24,6 +24,7 @@ import msgspec
 import psycopg
 from psycopg import IsolationLevel
 
+from services.archive.files import Archive
 from services.counters.config import load_configuration
 from services.counters.prepare import Preparer
 from services.replay import comparing
@@ -45,7 +46,7 @@ from services.replay.customer_hours import (
     utc_or_none,
 )
 from services.replay.fates import Events
-from services.replay.log import Archived, Log, Range
+from services.replay.log import Log, Range
 from services.replay.ranges import Held, Position, find_held, find_ranges, read_positions
 from services.replay.recompute import Recount
 from services.replay.verdicts import (
@@ -86,8 +87,10 @@ _ITEMS_AT_ONCE = 500
 class Explainer:
     """Answers questions, one at a time."""
 
-    def __init__(self, settings: Settings, archive: Archived | None = None) -> None:
+    def __init__(self, settings: Settings, archive: Archive | None = None) -> None:
         self._settings = settings
+        if archive is None and settings.archive_url is not None:
+            archive = Archive(settings.archive_url)
         self._archive = archive
         self._preparer = Preparer(decoder_for(settings), upcasters())
 
@@ -247,7 +250,7 @@ class _Hour:
             begins = held.begins[one.tp]
             for batch in log.read(one, begins):
                 # A batch is of the archive or of Kafka, never of both.
-                kept = events.take(one.tp, batch, "archive" if batch[0][0] < begins else "kafka")
+                kept = events.take(one.tp, batch, "archive" if batch[0].offset() < begins else "kafka")
                 if kept:
                     self._recount.take(db, one.tp, kept)
                 if self._recount.full:

@@ -21,10 +21,11 @@ import psycopg
 from psycopg.rows import namedtuple_row
 
 from schemas.catalog import released
+from services.archive.files import ArchivedRecord
 from services.counters.ledger import GROUP
 from services.counters.prepare import Preparer
 from services.replay.customer_hours import Connection, CustomerHour, number, stream, utc, utc_or_none
-from services.replay.log import Range, Record
+from services.replay.log import FromArchive, Range, Record
 from services.replay.recompute import CHUNK_RECORDS_MAX, UNREADABLE
 from services.streaming.chunks import Partition
 from services.streaming.explanation import Event, EventAdjustment, EventParked, Fate, Place, Source
@@ -71,7 +72,7 @@ class Events:
             return []
         self._keep(tp, found, self._uncounted(tp, [one.offset for one in found]), source)
         offsets = {one.offset for one in found}
-        return [record for record in batch if record[0] in offsets]
+        return [record for record in batch if record.offset() in offsets]
 
     def take_kept(self, ranges: Sequence[Range]) -> None:
         """What is of the hour and outside of what was read: parked records, with the bytes that are kept of
@@ -85,7 +86,12 @@ class Events:
         }
         parked = (row for row in stream(self._db, _PARKED_ELSEWHERE, values) if not read.hold(row))
         for tp, rows in _by_partition(parked):
-            records = [(row.offset, micros(row.arrived_at) // 1000, bytes(row.value)) for row in rows]
+            records = [
+                FromArchive(
+                    ArchivedRecord(row.offset, micros(row.arrived_at) // 1000, None, bytes(row.value), ())
+                )
+                for row in rows
+            ]
             found, _ = self._matching(tp, records)
             if found:
                 self._keep(tp, found, self._uncounted(tp, [one.offset for one in found]), "parked_record")
@@ -103,9 +109,10 @@ class Events:
         since, until = asked.since_us, asked.until_us
         found: list[_Found] = []
         unreadable: dict[int, str] = {}
-        for offset, arrived_ms, value in batch:
+        for raw in batch:
+            offset, arrived_ms = raw.offset(), raw.timestamp()[1]
             try:
-                record = read(value, expected)
+                record = read(raw.value() or b"", expected)
             except UNREADABLE as error:
                 unreadable[offset] = getattr(error, "reason", type(error).__name__)
                 continue
