@@ -124,16 +124,10 @@ class Scene:
 
         until(closed, "everything closed")
         self.pipeline.await_quiet()
-        self.record()
         with self.pipeline.database() as db:
             db.execute(
-                "UPDATE meter_events SET state = 'in_flight', first_sent_at = now(), attempts = 1 "
-                "WHERE tenant_id = %s AND state = 'pending'",
-                (self.tenant,),
-            )
-            db.execute(
-                "UPDATE meter_events SET state = 'reported', settled_at = now(), http_status = 200, "
-                "request_id = 'req_1' WHERE tenant_id = %s AND state = 'in_flight'",
+                "UPDATE meter_events SET http_status = 200, request_id = 'req_1' "
+                "WHERE tenant_id = %s AND state = 'reported'",
                 (self.tenant,),
             )
 
