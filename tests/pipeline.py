@@ -448,10 +448,12 @@ class Pipeline:
                 "hour_start, event_name, stripe_customer, customer_payload_key, value_payload_key, amount, "
                 "event_at, state, attempts, first_sent_at, settled_at, formula) "
                 "SELECT d.identifier, d.item_id, i.tenant_id, i.meter, d.period_start, d.period_start, "
-                "d.hour_start, m.event_name, i.customer_ref, m.customer_payload_key, m.value_payload_key, "
+                "d.hour_start, m.event_name, coalesce(c.stripe_customer, i.customer_ref), "
+                "m.customer_payload_key, m.value_payload_key, "
                 "d.amount, d.hour_start, 'reported', 1, now(), now(), "
                 "CASE aggregation WHEN 'last' THEN 'last' ELSE 'sum' END "
                 "FROM deltas d JOIN items i USING (item_id) JOIN meters m USING (tenant_id, meter) "
+                "LEFT JOIN customers c USING (tenant_id, customer_ref) "
                 "WHERE NOT EXISTS (SELECT FROM meter_events e WHERE e.identifier = d.identifier)"
             )
             db.execute(

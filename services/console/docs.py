@@ -36,10 +36,9 @@ EXPLAIN_RESPONSES: dict[int, ResponseSpec] = {
     400: documented("A parameter that is missing, unknown or not understood; or say which tenant.", Problem),
     404: documented("There is no such tenant, meter or customer; the path says which.", Problem),
     409: documented("Too many records would have to be read.", Problem),
-    **_COMMON,
-    503: documented(
-        "Others are being answered, it took too long, or PostgreSQL or Kafka does not answer.", Problem
-    ),
+    **COMMON_RESPONSES,
+    429: documented("Enough questions to the log are under way; see `Retry-After`.", Problem),
+    504: documented("It took too long: ask by command.", Problem),
 }
 #: Every answer to a decision but 200.
 DECIDE_RESPONSES: dict[int, ResponseSpec] = {

@@ -12,9 +12,9 @@ from litestar.params import Parameter
 
 from services.console.asking import principal_of, refuse_unknown_parameters
 from services.console.docs import EXPLAIN_RESPONSES
-from services.console.processes import ClientGone, Processes
+from services.console.processes import away, client_gone, processes_of
 from services.streaming.explanation import LIMIT, Explained, Explanation, Question
-from services.web.problems import RETRY_AFTER_S, RequestRefused
+from services.web.problems import RequestRefused
 
 #: What answers; started by name, for the console knows nothing of replays.
 MODULE = "services.replay.explaining"
@@ -26,8 +26,6 @@ _PARAMETERS = frozenset({"customer", "meter", "hour", "tenantId", "limit"})
 _UNKNOWN = "_unknown"
 
 Asking = HttpRequest[Any, Any, AppState]
-
-processes = Processes()
 
 
 @get(
@@ -86,22 +84,16 @@ async def explain(
         limit=limit,
         others=principal.tenant_id is None,
     )
-    try:
-        line = await processes.answer(request, MODULE, msgspec.json.encode(question))
-    except ClientGone:
-        return Response(b"", status_code=499)  # type: ignore[arg-type]  # nobody reads it
+    line = await processes_of(request).answer(
+        MODULE, msgspec.json.encode(question), lambda: client_gone(request)
+    )
     answer = msgspec.json.decode(line, type=Explained)
     if answer.refusal is not None:
         refusal = answer.refusal
         status = 404 if refusal.code.endswith(_UNKNOWN) else _STATUS.get(refusal.code, 400)
         raise RequestRefused(status, refusal.code, refusal.message, path=refusal.path)
     if answer.away is not None:
-        raise RequestRefused(
-            503,
-            "away",
-            f"{answer.away} does not answer at the moment; try again",
-            headers={"Retry-After": str(RETRY_AFTER_S)},
-        )
+        raise away(answer.away)
     return Response(bytes(answer.explanation), media_type=MediaType.JSON)  # type: ignore[arg-type]  # encoded
 
 

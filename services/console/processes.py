@@ -1,94 +1,143 @@
 """Answers that take a core for a while come from processes of their own, so that no event waits for them.
 
-A module is started as ``python -m <module>``: it reads one line, the request, from its standard input, writes
-one line, the answer, to its standard output, and ends when its standard input does. At most two run at once,
-for everybody together. One is killed when its client goes away or when it takes too long.
+A module is started as ``python -m <module>``: it gets one line, the question, on its standard input and
+secrets by its environment only, and writes one line, the answer. At most two run at once, whatever they are
+asked. One ends when it has answered, when the client has gone, when its time is over, and with this process,
+however that ends: it ends by itself when its standard input does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import structlog
 from litestar import Request
 from litestar.datastructures import State
+from pydantic import SecretStr
 
 from services.web.problems import RETRY_AFTER_S, RequestRefused
+from services.wire.settings import PREFIX, Settings
 
-AT_ONCE = 2
-PATIENCE_S = 300.0
+AT_ONCE_MAX = 2
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
+BUSY_RETRY_AFTER_S = 5
+#: Ends when nobody waits for the answer any more.
+Gone = Callable[[], Awaitable[None]]
+_SECRETS_NEEDED = ("postgres_dsn", "schema_registry_url")
 
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+log = structlog.get_logger(__name__)
 
 
 class Processes:
     """Those of one process that serves HTTP."""
 
-    def __init__(self, at_once: int = AT_ONCE, patience_s: float = PATIENCE_S) -> None:
-        self._at_once = at_once
-        self._patience_s = patience_s
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self.running = 0
 
-    async def answer(self, request: Request[Any, Any, State], module: str, asked: bytes) -> bytes:
-        """What ``module`` answers to ``asked``, a line without its end.
+    async def answer(self, module: str, asked: bytes, gone: Gone) -> bytes:
+        """What ``module`` answers to ``asked``. While ``gone`` has not ended, somebody waits.
 
         Raises:
-            RequestRefused: 503, enough of them run already, or it took too long.
-            RuntimeError: it ended without an answer; its log says why.
-            ClientGone: nobody waits any more.
+            RequestRefused: 429, too many run; 499, nobody waits; 500, it ended without an answer, and its
+                log says why; 504, its time was over.
         """
-        if self.running >= self._at_once:
+        if self.running >= AT_ONCE_MAX:
             raise RequestRefused(
-                503,
-                "busy",
-                "others are being answered; try again in a moment",
-                headers={"Retry-After": str(RETRY_AFTER_S)},
+                429,
+                "replay_busy",
+                f"{AT_ONCE_MAX} questions to the log are under way; try again when one has its answer",
+                headers={"Retry-After": str(BUSY_RETRY_AFTER_S)},
             )
         self.running += 1
         try:
-            return await self._answer(request, module, asked)
+            return await self._answer(module, asked, gone)
         finally:
             self.running -= 1
 
-    async def _answer(self, request: Request[Any, Any, State], module: str, asked: bytes) -> bytes:
-        process = await asyncio.create_subprocess_exec(
+    async def _answer(self, module: str, asked: bytes, gone: Gone) -> bytes:
+        child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=ANSWER_BYTES_MAX,
+            env={**os.environ, **self._variables()},
+            start_new_session=True,  # a Ctrl-C in the terminal is for us
         )
-        assert process.stdin is not None and process.stdout is not None  # noqa: S101  (for the type checker)
-        tasks: list[asyncio.Task[Any]] = []
+        answering = asyncio.create_task(_read_answer(child, module, asked))
+        leaving = asyncio.ensure_future(gone())
+        limit_s = self._settings.replay_dry_run_seconds
         try:
-            process.stdin.write(asked + b"\n")  # and left open: it ends when this process does
-            answer = asyncio.create_task(process.stdout.readline())
-            gone = asyncio.create_task(_gone(request))
-            tasks = [answer, gone]
-            done, _ = await asyncio.wait(tasks, timeout=self._patience_s, return_when=asyncio.FIRST_COMPLETED)
-            if answer in done:
-                line = answer.result()
-                if not line.endswith(b"\n"):
-                    raise RuntimeError(f"{module} ended without an answer")
-                return line[:-1]
-            if gone in done:
-                raise ClientGone
-            raise RequestRefused(503, "took_too_long", "the answer would take too long; ask for less")
+            await asyncio.wait({answering, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                return answering.result()
+            if leaving.done():
+                raise RequestRefused(499, "client_gone", "nobody waits for the answer")
+            raise RequestRefused(
+                504, "replay_too_long", f"it took longer than {limit_s:g} s: ask for less, or by command"
+            )
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.stdin.close()
-            await process.wait()
+            await _end(child, answering, leaving)
+
+    def _variables(self) -> dict[str, str]:
+        """What our settings say and the child's environment may not; secrets only as far as it needs them."""
+        found = {}
+        for name in self._settings.model_fields_set:
+            value = getattr(self._settings, name)
+            if isinstance(value, SecretStr):
+                if name not in _SECRETS_NEEDED:
+                    continue
+                value = value.get_secret_value()
+            if value is not None:
+                found[PREFIX + name.upper()] = str(value)
+        return found
 
 
-async def _gone(request: Request[Any, Any, State]) -> None:
+def processes_of(request: Request[Any, Any, State]) -> Processes:
+    """The processes of the API that serves ``request``."""
+    state = request.app.state
+    if state.get("processes") is None:
+        state.processes = Processes(state.settings)
+    found: Processes = state.processes
+    return found
+
+
+async def client_gone(request: Request[Any, Any, State]) -> None:
     """Return once the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def away(world: str) -> RequestRefused:
+    """What is said when Kafka or PostgreSQL does not answer the one that was asked."""
+    code = "database_unavailable" if world == "PostgreSQL" else "kafka_unavailable"
+    message = f"{world} does not answer at the moment; try again"
+    return RequestRefused(503, code, message, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+async def _read_answer(child: asyncio.subprocess.Process, module: str, asked: bytes) -> bytes:
+    assert child.stdin is not None and child.stdout is not None  # noqa: S101  (pipes; for the type checker)
+    with contextlib.suppress(ConnectionError):
+        child.stdin.write(asked + b"\n")
+        await child.stdin.drain()  # and left open: its end would be the child's
+    line = await child.stdout.readline()
+    if not line.endswith(b"\n"):
+        log.error("no answer", module=module, exit_code=await child.wait())
+        raise RequestRefused(500, "internal_error", "a defect on our side; it was logged")
+    return line[:-1]
+
+
+async def _end(child: asyncio.subprocess.Process, *tasks: asyncio.Future[Any]) -> None:
+    """Nothing is left of it: no process, no task."""
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await child.wait()

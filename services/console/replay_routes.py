@@ -15,15 +15,17 @@ from litestar.params import Parameter
 
 from services.console.asking import ask, principal_of, refuse_unknown_parameters
 from services.console.docs import LIST_RESPONSES, ONE_RESPONSES
-from services.console.dry_runs import DryRuns
+from services.console.processes import away, client_gone, processes_of
 from services.console.replay_docs import REPLAY_RESPONSES, ReplayOperation
 from services.console.replays import Replay, ReplayProblem, shown
 from services.streaming import replays
-from services.streaming.replay_plan import Plan
+from services.streaming.replay_plan import DryRunAnswer, Plan
 from services.streaming.replays import RefusedReplay, ReplayRequest, UnknownReplay
 from services.web.keys import Principal
 from services.web.problems import RequestRefused
 
+#: What makes a dry run; started by name, for the console knows nothing of what it does.
+MODULE = "services.replay"
 PAGE_MAX = 100
 BODY_BYTES_MAX = 1024 * 1024
 WAIT_MAX = 60
@@ -95,7 +97,10 @@ async def ask_for_replay(
         if data.mode == "dry-run":
             # What means nothing is refused here, before a process is started for it.
             await ask(request, lambda db: replays.resolve(db, wanted, datetime.now(UTC)))
-            return Response(await _dry_runs(request).plan(wanted, lambda: _gone(request)))
+            line = await processes_of(request).answer(
+                MODULE, msgspec.json.encode(wanted), lambda: client_gone(request)
+            )
+            return Response(_planned(line))
         return await _apply(request, principal, wanted, wait)
     except RefusedReplay as error:
         raise _refused(error) from None
@@ -211,7 +216,7 @@ async def _apply(
 async def _waited(request: Asking, principal: Principal, replay_id: int, wait_s: int) -> Replay:
     """The replay when it has ended, when the time is over, or when the client has gone."""
     deadline = time.monotonic() + wait_s
-    leaving = asyncio.ensure_future(_gone(request))
+    leaving = asyncio.ensure_future(client_gone(request))
     try:
         while True:
             found = await _shown(request, principal, replay_id)
@@ -224,18 +229,20 @@ async def _waited(request: Asking, principal: Principal, replay_id: int, wait_s:
         await asyncio.gather(leaving, return_exceptions=True)
 
 
-async def _gone(request: Asking) -> None:
-    """Ends when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _planned(line: bytes) -> Plan:
+    """The plan in an answer.
 
-
-def _dry_runs(request: Asking) -> DryRuns:
-    state = request.app.state
-    if state.get("dry_runs") is None:
-        state.dry_runs = DryRuns(state.settings)
-    found: DryRuns = state.dry_runs
-    return found
+    Raises:
+        RefusedReplay: there is none.
+        RequestRefused: 503, Kafka or PostgreSQL is away.
+    """
+    answer = msgspec.json.decode(line, type=DryRunAnswer)
+    if answer.refusal is not None:
+        why = answer.refusal
+        raise RefusedReplay(why.code, why.message, path=why.path)
+    if answer.plan is None:
+        raise away(answer.away or "Kafka")
+    return answer.plan
 
 
 async def _shown(request: Asking, principal: Principal, replay_id: int) -> Replay:

@@ -65,10 +65,10 @@ from services.streaming.explanation import (
     Explanation,
     Question,
     Records,
-    Refusal,
     Totals,
 )
 from services.streaming.lag import log_ends
+from services.streaming.replay_plan import Refusal
 from services.streaming.replays import Scope
 from services.wire.pgarrays import register
 from services.wire.registry import decoder_for

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from services.streaming.replay_plan import Refusal
 from services.streaming.replays import Text, Time
 
 #: Rows of each list of an answer, unless the question says otherwise.
@@ -284,14 +285,6 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     def agrees(self) -> bool:
         """Whether every number is what the others say, or differs by what is known."""
         return not (self.totals.checks.get("differ") or self.totals.checks.get("unknown"))
-
-
-class Refusal(msgspec.Struct, frozen=True):
-    """A question that has no answer. ``code`` is stable; ``path`` names the field at fault."""
-
-    code: str
-    message: str
-    path: str
 
 
 class Explained(msgspec.Struct, frozen=True, omit_defaults=True):

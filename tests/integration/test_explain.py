@@ -115,6 +115,8 @@ class Scene:
         """Close everything, and have it reported."""
 
         def closed() -> bool:
+            self.pipeline.await_quiet()
+            self.record()
             self.pipeline.push()
             return not self.pipeline.query(
                 "SELECT 1 FROM buckets b JOIN items i USING (item_id) WHERE i.tenant_id = %s "
@@ -126,8 +128,13 @@ class Scene:
         self.pipeline.await_quiet()
         with self.pipeline.database() as db:
             db.execute(
-                "UPDATE meter_events SET http_status = 200, request_id = 'req_1' "
-                "WHERE tenant_id = %s AND state = 'reported'",
+                "UPDATE meter_events SET state = 'in_flight', first_sent_at = now(), attempts = 1 "
+                "WHERE tenant_id = %s AND state = 'pending'",
+                (self.tenant,),
+            )
+            db.execute(
+                "UPDATE meter_events SET state = 'reported', settled_at = now(), http_status = 200, "
+                "request_id = 'req_1' WHERE tenant_id = %s AND state IN ('in_flight', 'reported')",
                 (self.tenant,),
             )
 

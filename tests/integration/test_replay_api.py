@@ -28,7 +28,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from services.console.dry_runs import AT_ONCE_MAX, MODULE
+from services.console.processes import AT_ONCE_MAX
+from services.console.replay_routes import MODULE
 from services.console.routes import ROUTES
 from services.ingest.app import create_app, openapi_document
 from services.streaming.replay_plan import Plan

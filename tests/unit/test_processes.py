@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from services.console.processes import ClientGone, Processes
+from services.console import processes as console
+from services.console.processes import Processes
 from services.web.problems import RequestRefused
+from services.wire.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,18 +30,13 @@ time.sleep(60)
 
 
 class Client:
-    """A request whose client stays until it is told to go."""
+    """One who waits until it is told to go."""
 
     def __init__(self) -> None:
         self.left = asyncio.Event()
-        self._asked = False
 
-    async def receive(self) -> dict[str, Any]:
-        if not self._asked:
-            self._asked = True
-            return {"type": "http.request", "body": b"", "more_body": False}
+    async def gone(self) -> None:
         await self.left.wait()
-        return {"type": "http.disconnect"}
 
 
 @pytest.fixture
@@ -68,37 +65,44 @@ def gone(pid: int) -> bool:
 
 
 def ask(processes: Processes, module: str, asked: bytes, client: Client) -> Any:
-    return processes.answer(client, module, asked)  # type: ignore[arg-type]
+    return processes.answer(module, asked, client.gone)
+
+
+def refused(status: int, code: str) -> Any:
+    return pytest.raises(RequestRefused, match=f"{status} {code}")
 
 
 def test_a_line_goes_in_and_a_line_comes_out(modules: Path) -> None:
     async def run() -> bytes:
-        return bytes(await ask(Processes(), "echo_back", b"abc", Client()))
+        return bytes(await ask(Processes(Settings()), "echo_back", b"abc", Client()))
 
     assert asyncio.run(run()) == b"cba"
 
 
 def test_one_that_ends_without_an_answer_is_a_defect(modules: Path) -> None:
     async def run() -> None:
-        processes = Processes()
-        with pytest.raises(RuntimeError, match="broken_off ended without an answer"):
+        processes = Processes(Settings())
+        with refused(500, "internal_error"):
             await ask(processes, "broken_off", b"abc", Client())
         assert processes.running == 0
 
     asyncio.run(run())
 
 
-def test_more_than_so_many_are_refused_until_one_has_ended(modules: Path) -> None:
+def test_more_than_so_many_are_refused_until_one_has_ended(
+    modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "AT_ONCE_MAX", 1)
+
     async def run() -> None:
-        processes, client = Processes(at_once=1), Client()
+        processes, client = Processes(Settings()), Client()
         first = asyncio.create_task(ask(processes, "slow_going", b"pid", client))
         while not processes.running:
             await asyncio.sleep(0.01)
-        with pytest.raises(RequestRefused) as refused:
+        with refused(429, "replay_busy"):
             await ask(processes, "echo_back", b"abc", Client())
-        assert (refused.value.status, refused.value.problem.code) == (503, "busy")
         client.left.set()
-        with pytest.raises(ClientGone):
+        with refused(499, "client_gone"):
             await first
         assert await ask(processes, "echo_back", b"abc", Client()) == b"cba"
 
@@ -108,15 +112,15 @@ def test_more_than_so_many_are_refused_until_one_has_ended(modules: Path) -> Non
 def test_it_is_killed_when_its_client_goes_away_and_when_it_takes_too_long(modules: Path) -> None:
     async def run() -> None:
         client, file = Client(), modules / "first"
-        task = asyncio.create_task(ask(Processes(), "slow_going", str(file).encode(), client))
+        task = asyncio.create_task(ask(Processes(Settings()), "slow_going", str(file).encode(), client))
         pid = await pid_in(file)
         client.left.set()
-        with pytest.raises(ClientGone):
+        with refused(499, "client_gone"):
             await task
         assert gone(pid)
-        with pytest.raises(RequestRefused) as refused:
-            await ask(Processes(patience_s=0.2), "slow_going", str(modules / "second").encode(), Client())
-        assert refused.value.problem.code == "took_too_long"
+        hurried = Processes(Settings(replay_dry_run_seconds=1))
+        with refused(504, "replay_too_long"):
+            await ask(hurried, "slow_going", str(modules / "second").encode(), Client())
 
     asyncio.run(run())
 
