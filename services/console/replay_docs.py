@@ -151,6 +151,7 @@ _PLAN = {
     "changedItems": 1,
     "changedValues": 0,
     "changedWatermarks": 0,
+    "changedPeriods": 0,
     "items": [
         {
             "tenantId": "demo",
@@ -163,6 +164,7 @@ _PLAN = {
             "hours": [_HOUR],
         }
     ],
+    "periods": [],
     "truncated": False,
     "totals": [
         {
