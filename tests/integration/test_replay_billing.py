@@ -133,6 +133,24 @@ class Shop:
         return f"{self.billed()} billed, {self.sent} sent, {self.waits()} wait"
 
 
+@contextmanager
+def supervised(stack: Stack) -> Iterator[None]:
+    """As `tidemeter up` does: hours that are gone end the counters, until a replay brings them back."""
+    stop = threading.Event()
+
+    def supervise() -> None:
+        while not stop.wait(0.2):
+            stack.supervise()
+
+    thread = threading.Thread(target=supervise)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 @pytest.fixture
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     root = tmp_path_factory.mktemp("shop")
@@ -161,7 +179,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
             tidemeter("apply", "-f", "-", "--create-in-stripe", given=CONFIGURATION)
             ingest = tidemeter("keys", "create", "--tenant", "acme", "--scope", "ingest", "--json")
             operator = tidemeter("keys", "create", "--scope", "admin", "--json")
-            yield Shop(stack, json.loads(ingest)["key"], json.loads(operator)["key"])
+            with supervised(stack):
+                yield Shop(stack, json.loads(ingest)["key"], json.loads(operator)["key"])
 
 
 @pytest.mark.timeout(400)
