@@ -448,6 +448,17 @@ def _show_plan(plan: Plan) -> None:
             ("customer", "meter", "hour", "before", "after", "difference", "events", "after"),
             _hours(plan),
         )
+    if plan.periods:
+        show_table(
+            ("customer", "meter", "billing period", "pushed", "by the journal"),
+            [
+                (
+                    *(one.customer_ref, one.meter, _time(one.period_start)),
+                    *(str(one.pushed_before), str(one.pushed_after)),
+                )
+                for one in plan.periods
+            ],
+        )
     if plan.truncated:
         typer.echo("more hours change than are listed here")
     typer.echo(f"{_changes(plan)} {'differ' if _differs(plan) else 'differ: counters and log agree'}")
@@ -471,14 +482,16 @@ def _hours(plan: Plan) -> Iterator[Sequence[str]]:
 
 
 def _differs(plan: Plan | None) -> bool:
-    return plan is not None and bool(plan.changed_hours or plan.changed_values or plan.changed_watermarks)
+    return plan is not None and bool(
+        plan.changed_hours or plan.changed_values or plan.changed_watermarks or plan.changed_periods
+    )
 
 
 def _changes(plan: Plan) -> str:
     """How many things that is."""
     return (
         f"{plan.changed_hours} hours of {plan.changed_items} items, {plan.changed_values} distinct values, "
-        f"{plan.changed_watermarks} watermarks"
+        f"{plan.changed_watermarks} watermarks, {plan.changed_periods} billing periods"
     )
 
 

@@ -110,7 +110,9 @@ def test_a_dry_run_prints_a_plan_that_a_person_can_read_and_changes_nothing(scen
     words = [[one for one in line.split() if "T" not in one] for line in lines]
     assert [scene.tenant, "calls", "2", "2", "13", "3"] in words, result.stdout
     assert ["cus_1", "calls", "7", "2", "-5", "1", "1"] in words, result.stdout
-    assert lines[-2].startswith("2 hours of 1 items, 0 distinct values, 0 watermarks differ")
+    assert lines[-2].startswith(
+        "2 hours of 1 items, 0 distinct values, 0 watermarks, 0 billing periods differ"
+    )
     assert lines[-1].startswith("plan     ") and len(lines[-1].split()[1]) == 64
     assert scene.totals() == [7, 6]
     plan = json.loads(scene.run("--json").stdout)
@@ -206,6 +208,12 @@ def test_a_rebuild_is_status_1_while_counters_and_log_differ(scene: Scene) -> No
     assert scene.totals() == [2, 1]
     agreed = rebuild()
     assert (agreed.exit_code, "counters and log agree" in agreed.stdout) == (0, True)
+    scene.pipeline.query("UPDATE buckets SET pushed = pushed + 1 RETURNING 1")
+    kept = rebuild()
+    assert (kept.exit_code, "billing periods differ" in kept.stdout) == (ATTENTION, True), kept.stdout
+    assert "by the journal" in kept.stdout
+    assert rebuild("--apply", "--yes").exit_code == 0
+    assert rebuild().exit_code == 0
 
 
 def test_ctrl_c_cancels_an_apply_and_says_that_nothing_was_changed(scene: Scene) -> None:
