@@ -52,6 +52,8 @@ replays_app = typer.Typer(
 POLL_SECONDS = 0.2
 #: A replayer that runs takes a replay up sooner than this.
 PATIENCE_SECONDS = 3.0
+#: Plans of the same differences that are tried, while usage goes on.
+PLANS_MAX = 4
 PLAIN_EVERY_SECONDS = 5.0
 #: Refused for what was asked. Any other refusal says something of the data: it needs attention.
 _MISUSE = frozenset(
@@ -290,8 +292,25 @@ class _Run:
                     typer.echo(msgspec.json.encode({"plan": plan, "replay": None}))
                 return plan
             self._confirm(plan)
-            request = msgspec.structs.replace(request, plan_hash=plan.plan_hash)
-        self._apply(request, plan)
+            return self._apply_as_shown(request, plan)
+        self._apply(request, None)
+        return None
+
+    def _apply_as_shown(self, request: ReplayRequest, plan: Plan) -> Plan:
+        """Apply this plan. Usage goes on: when it has only come on top of the same differences, the plan that
+        has it is applied in its place."""
+        for left in reversed(range(PLANS_MAX)):
+            try:
+                self._apply(msgspec.structs.replace(request, plan_hash=plan.plan_hash), plan)
+                break
+            except RefusedReplay as error:
+                if error.code != "plan_stale" or not left:
+                    raise
+                fresh = self._dry_run()
+                if plan.truncated or _effect(fresh) != _effect(plan):
+                    raise
+                typer.echo("usage has come meanwhile; the differences are the same", err=True)
+                plan = fresh
         return plan
 
     def _dry_run(self) -> Plan:
@@ -331,6 +350,19 @@ class _Run:
             raise fail(f"somebody has cancelled replay {replay_id}; nothing was changed", ATTENTION)
         if row["state"] == "failed":
             raise fail(f"replay {replay_id} failed: {row['error']}; nothing was changed", ATTENTION)
+
+
+def _effect(plan: Plan) -> Sequence[object]:
+    """What a plan does, whatever usage there is besides."""
+    return (
+        (plan.changed_values, plan.changed_watermarks, plan.changed_periods, plan.unreadable),
+        [
+            (item.tenant_id, item.customer_ref, item.meter, item.dimensions, hour.hour, hour.period_start)
+            + (hour.delta, hour.events_after - hour.events_before)
+            for item in plan.items
+            for hour in item.hours
+        ],
+    )
 
 
 def _is_asked() -> bool:

@@ -178,6 +178,19 @@ class Log:
                 raise Transient("Kafka does not answer") from error
 
 
+def forget_group(admin: AdminClient, group: str) -> None:
+    """Delete a consumer group that has ended its work.
+
+    Raises:
+        Transient: Kafka does not answer.
+    """
+    try:
+        admin.delete_consumer_groups([group], request_timeout=10)[group].result()
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
+            raise Transient("Kafka does not answer") from error
+
+
 def forget_groups(admin: AdminClient, prefix: str, alive: Collection[str]) -> None:
     """Delete the consumer groups whose names begin so, but for those: a replay that has ended has no lag.
 

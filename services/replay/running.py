@@ -7,7 +7,6 @@ locked and nobody else changes counters, which is for as long as the last few re
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ from services.counters.ledger import GROUP
 from services.counters.prepare import Preparer
 from services.replay import comparing
 from services.replay.comparing import Differences
-from services.replay.log import Log, Range, forget_groups
+from services.replay.log import Log, Range, forget_group, forget_groups
 from services.replay.ranges import Position, find_ranges, hours_of, read_positions, require_held
 from services.replay.recompute import Connection, Recount
 from services.streaming.chunks import Partition
@@ -211,9 +210,6 @@ class Replayer:
             if not rows:
                 return None
             self._carry_out(db, replay_ids[0], progress)
-            self._swept = False
-            with contextlib.suppress(Transient):  # the next step does it
-                self._forget_groups(replay_ids[1:])
             return replay_ids[0]
         finally:
             if not db.closed:
@@ -252,6 +248,11 @@ class Replayer:
             except Exception as error:
                 log.error("replay failed", replay_id=replay_id, exc_info=error)
                 self._end(db, replay_id, "failed", f"defect: {type(error).__name__}")
+            source.close()  # with its commits: one that came later would bring the group back
+            try:
+                forget_group(source.admin, group)
+            except Transient:
+                self._swept = False  # the next step does it
         finally:
             source.close()
 

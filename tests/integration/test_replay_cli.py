@@ -194,6 +194,27 @@ def test_windows_by_period_arrival_and_offsets_are_understood(scene: Scene) -> N
     assert plan("--period", "now", "--customer", "cus_1")["since"][8:10] == "01"
 
 
+def test_usage_that_comes_on_top_of_the_same_differences_does_not_keep_an_apply_from_them(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = commands._Run._apply
+    came: list[str] = []
+
+    def disturbed(self: Any, request: Any, plan: Any) -> None:
+        if len(came) < 2:  # between the plan and its apply
+            came.append(f"late-{len(came)}")
+            usage = Usage(scene.tenant, "cus_1", "calls", Decimal(4), came[-1], NOW_S - 10 * HOUR_S)
+            scene.pipeline.send(usage)
+            scene.pipeline.await_quiet()
+        apply(self, request, plan)
+
+    monkeypatch.setattr(commands._Run, "_apply", disturbed)
+    result = scene.run("--apply", "--yes")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("the differences are the same") == 2
+    assert sorted(scene.totals()) == [2, 9]
+
+
 def test_a_rebuild_is_status_1_while_counters_and_log_differ(scene: Scene) -> None:
     def rebuild(*arguments: str) -> Result:
         return CliRunner().invoke(app, ["rebuild", *arguments])
