@@ -35,7 +35,7 @@ PathId = Annotated[int, Parameter(ge=1, le=_ID_MAX)]
 
 _STATUS = {
     **dict.fromkeys(("tenant_unknown", "meter_unknown", "partition_unknown"), 404),
-    **dict.fromkeys(("plan_stale", "replay_overlaps", "periods_unsettled"), 409),
+    **dict.fromkeys(("plan_stale", "replay_overlaps", "periods_unsettled", "log_truncated"), 409),
     "window_not_held": 410,
     "archive_damaged": 500,
     **dict.fromkeys(("window_too_large", "changes_too_many", "records_unreadable"), 422),

@@ -21,6 +21,7 @@ import psycopg
 
 from services.counters.prepare import Event, Prepared
 from services.streaming.chunks import Partition, RawRecord
+from services.streaming.offsets import BESIDE_THE_LOG
 from services.wire.pgarrays import int8_array, timestamp_array
 
 Connection = psycopg.Connection[Any]
@@ -28,18 +29,16 @@ Connection = psycopg.Connection[Any]
 #: Records of one row of ``log_blocks``: few enough that a narrow window reads little beside itself.
 BLOCK_RECORDS = 2_000
 
-_LOCK = "hashtextextended('tidemeter/beside-the-log', 0)"
-
 
 def hold_beside_the_log(db: Connection) -> None:
     """For whoever changes counters without moving a position (re-drives, adjustments, calendars): not while a
     replay compares and corrects them. Until the end of the transaction; take it first."""
-    db.execute(f"SELECT pg_advisory_xact_lock_shared({_LOCK})")
+    db.execute(f"SELECT pg_advisory_xact_lock_shared({BESIDE_THE_LOG})")
 
 
 def exclude_beside_the_log(db: Connection) -> None:
     """For a replay: wait for those, and keep them out until the transaction ends."""
-    db.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    db.execute(f"SELECT pg_advisory_xact_lock({BESIDE_THE_LOG})")
 
 
 def keep_decisions(db: Connection, prepared: Prepared, uncounted: Sequence[int]) -> None:

@@ -210,7 +210,7 @@ def compare(db: Connection, scope: Scope, *, only: bool = False) -> Differences:
         items += row.item_id != last
         last = row.item_id
         digest.update(
-            f"{row.item_id} {row.hour_start:%s} {row.period_start:%s} {row.before} {row.after} "
+            f"{row.item_id} {row.hour_start} {row.period_start} {row.before} {row.after} "
             f"{row.events_before} {row.events_after} {row.first_event} {row.last_event}\n".encode()
         )
     counts: list[int] = []
@@ -307,6 +307,9 @@ INSERT INTO buckets (item_id, hour_start, period_start, total, events, late_even
 SELECT c.item_id, c.hour_start, c.period_start, c.after, c.events_after, 0, c.first_event, c.last_event,
        r.first_arrival, r.last_arrival, c.last_key, r.closed
 FROM replay_changes c JOIN replay_buckets r USING (item_id, hour_start, period_start) WHERE c.is_new
+ON CONFLICT (item_id, hour_start, period_start) DO UPDATE SET total = excluded.total,
+    events = excluded.events, first_event = excluded.first_event, last_event = excluded.last_event,
+    last_key = excluded.last_key
 """
 _CORRECT_VALUES: tuple[LiteralString, ...] = (
     "DELETE FROM unique_values v USING replay_value_changes c WHERE NOT c.is_missing "

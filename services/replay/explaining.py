@@ -46,8 +46,8 @@ from services.replay.customer_hours import (
     utc_or_none,
 )
 from services.replay.fates import Events
-from services.replay.log import Log, Range
-from services.replay.ranges import Held, Position, find_held, find_ranges, read_positions
+from services.replay.log import Log
+from services.replay.ranges import Held, Position, find_held, find_ranges, held_part, read_positions
 from services.replay.recompute import Recount
 from services.replay.verdicts import (
     HourNumbers,
@@ -236,7 +236,7 @@ class _Hour:
         positions = read_positions(db)
         held = find_held(db, log, positions)
         waiting = sum(max(0, end - positions[tp].next) for tp, end in log_ends(log.admin, positions).items())
-        ranges, missing = _held_part(find_ranges(db, self._scope, positions), held)
+        ranges, missing = held_part(find_ranges(db, self._scope, positions), held)
         total = sum(one.records for one in ranges)
         if total > self._settings.replay_records_max:
             raise RefusedQuestion(
@@ -344,17 +344,6 @@ class _Hour:
                 recomputed_events=None if own is None else own[1],
             )
         )
-
-
-def _held_part(ranges: Sequence[Range], held: Held) -> tuple[list[Range], int]:
-    """What of the ranges is still there, and how many records are not."""
-    found, missing = [], 0
-    for one in ranges:
-        start = max(one.start, min(held.usable[one.tp], one.end))
-        missing += start - one.start
-        if start < one.end:
-            found.append(Range(one.tp, start, one.end))
-    return found, missing
 
 
 def _told(complete: bool, missing: int, earliest: datetime | None, unreadable: int, waiting: int) -> str:

@@ -126,8 +126,10 @@ class Log:
                         batch = [message for message in batch if message.offset() < end]
                     if batch:
                         yield batch
-                if at_end or start >= end:
+                if start >= end:
                     return
+                if at_end:
+                    raise Transient(f"{tp.topic}/{tp.partition} ends at {start}, and was counted up to {end}")
         except KafkaException as error:
             raise Transient("Kafka does not answer") from error
         finally:

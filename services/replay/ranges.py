@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, LiteralString
@@ -15,7 +15,7 @@ from services.counters.decisions import BLOCK_RECORDS
 from services.counters.ledger import GROUP
 from services.replay.log import Log, Range
 from services.streaming.chunks import Partition
-from services.streaming.lag import log_starts
+from services.streaming.lag import log_ends, log_starts
 from services.streaming.replays import ALWAYS, RefusedReplay, Scope, bound
 from services.wire.periods import HOUR_US
 from services.wire.times import instant, micros
@@ -85,6 +85,15 @@ def hours_of(db: Connection, log: Log, scope: Scope, positions: Mapping[Partitio
         return scope
     bounds: list[tuple[datetime, datetime]] = []
     for tp, start, end in asked:
+        position = positions[tp]
+        first_asked = max(start, position.start)
+        if first_asked < position.decided > position.start and first_asked < min(end, position.next):
+            raise RefusedReplay(
+                "window_not_held",
+                f"records of {tp.topic}/{tp.partition} below offset {position.decided} were counted by an "
+                "older release, and cannot be replayed",
+                path="since" if scope.arrived else "offsets",
+            )
         row = db.execute(
             "SELECT min(first_event), max(last_event) FROM log_blocks "
             "WHERE topic = %s AND partition = %s AND block BETWEEN %s AND %s",
@@ -155,18 +164,35 @@ def find_held(db: Connection, log: Log, positions: Mapping[Partition, Position])
     return Held(begins, usable, lost_until)
 
 
-def require_held(
-    db: Connection, log: Log, scope: Scope, positions: Mapping[Partition, Position]
-) -> dict[Partition, int]:
-    """Whether log and archive still have every record of the window; returns where the log itself begins.
+def held_part(ranges: Sequence[Range], held: Held) -> tuple[list[Range], int]:
+    """What of the ranges is still there, and how many records are not."""
+    found, missing = [], 0
+    for one in ranges:
+        start = max(one.start, min(held.usable[one.tp], one.end))
+        missing += start - one.start
+        if start < one.end:
+            found.append(Range(one.tp, start, one.end))
+    return found, missing
+
+
+def require_held(db: Connection, log: Log, scope: Scope, positions: Mapping[Partition, Position]) -> Held:
+    """Whether log and archive still have every record of the window. What they lost lies before it.
 
     Raises:
-        RefusedReplay: ``window_not_held``; the message names the earliest time that is.
+        RefusedReplay: ``window_not_held``: the message names the earliest time that is; ``log_truncated``: a
+            log ends below what was counted of it, so it is another one.
         Transient: Kafka does not answer.
     """
-    if scope.since_us == scope.until_us:
-        return log_starts(log.admin, positions)
     held = find_held(db, log, positions)
+    for tp, end in log_ends(log.admin, positions).items():
+        if end < positions[tp].next:
+            raise RefusedReplay(
+                "log_truncated",
+                f"the log of {tp.topic}/{tp.partition} ends at {end}, and was counted up to "
+                f"{positions[tp].next}: it is not the log that was counted",
+            )
+    if scope.since_us == scope.until_us:
+        return held
     if scope.since_us == ALWAYS:
         for tp, position in positions.items():
             if held.usable[tp] > position.start:
@@ -184,7 +210,7 @@ def require_held(
             f"{instant(held.earliest):%Y-%m-%dT%H:%M:%SZ}",
             path="since",
         )
-    return dict(held.begins)
+    return held
 
 
 def _usable_from(archive: Archive | None, tp: Partition, position: Position, log_start: int) -> int:

@@ -75,7 +75,8 @@ _ITEMS: LiteralString = """
 INSERT INTO replay_items AS r (item_id, tenant_id, customer_ref, meter, dimensions, calendar, watermark)
 SELECT u.i, u.t, u.c, u.m, ARRAY(SELECT jsonb_array_elements_text(u.d)), u.p, u.w
 FROM unnest(%s, %s::text[], %s::text[], %s::text[], %s::jsonb[], %s::text[], %s) AS u (i, t, c, m, d, p, w)
-ON CONFLICT (item_id) DO UPDATE SET watermark = greatest(r.watermark, excluded.watermark)
+ON CONFLICT (item_id) DO UPDATE SET watermark = greatest(r.watermark, excluded.watermark),
+    calendar = CASE WHEN r.calendar = excluded.calendar THEN r.calendar ELSE 'changed' END
 """
 
 _VALUES: LiteralString = """
@@ -106,15 +107,9 @@ class Recount:
     def __init__(
         self, preparer: Preparer, config: Configuration, scope: Scope, *, basis: int, now_us: int
     ) -> None:
-        wanted = {
-            name: meter
-            for name, meter in config.meters.items()
-            if (scope.tenant_id is None or name[0] == scope.tenant_id)
-            and (not scope.meters or name[1] in scope.meters)
-        }
-        self._config = Configuration(config.version, wanted)
         self._preparer = preparer
         self.scope = scope
+        self.configure(config)
         self.basis = basis
         self._kept_before = now_us - OLDEST_US
         self.matched = 0
@@ -124,6 +119,18 @@ class Recount:
         self._arrivals = [2**62, 0]
         self._since_look = 0
         self.full = False  #: whether it is time to flush
+
+    def configure(self, config: Configuration) -> None:
+        """Go on with this configuration."""
+        scope = self.scope
+        wanted = {
+            name: meter
+            for name, meter in config.meters.items()
+            if (scope.tenant_id is None or name[0] == scope.tenant_id)
+            and (not scope.meters or name[1] in scope.meters)
+        }
+        self._config = Configuration(config.version, wanted)
+        self.config_version = config.version
 
     def take(
         self, db: Connection, tp: Partition, batch: Sequence[Record], only: frozenset[int] | None = None

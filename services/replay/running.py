@@ -24,14 +24,21 @@ from confluent_kafka.admin import AdminClient
 from psycopg import IsolationLevel
 
 from services.archive.files import Archive
-from services.counters.config import load_configuration
+from services.counters.config import load_configuration, read_version
 from services.counters.decisions import exclude_beside_the_log
 from services.counters.ledger import GROUP
 from services.counters.prepare import Preparer
 from services.replay import comparing
 from services.replay.comparing import Differences
 from services.replay.log import Log, Range, forget_group, forget_groups
-from services.replay.ranges import Position, find_ranges, hours_of, read_positions, require_held
+from services.replay.ranges import (
+    Position,
+    find_ranges,
+    held_part,
+    hours_of,
+    read_positions,
+    require_held,
+)
 from services.replay.recompute import Connection, Recount
 from services.streaming.chunks import Partition
 from services.streaming.database import TRANSIENT_ERRORS
@@ -149,8 +156,10 @@ class Replayer:
             autocommit=True,
             application_name="tidemeter-replay",
             connect_timeout=5,
-            options="-c idle_in_transaction_session_timeout=60000 -c jit=off -c work_mem=64MB",
+            options="-c jit=off -c work_mem=64MB -c idle_in_transaction_session_timeout=60000",
         )
+        # The hash of a plan is of texts, so times are written alike everywhere, whatever PGTZ says.
+        db.execute("SET timezone = 'UTC'")
         register(db)
         return db
 
@@ -282,6 +291,8 @@ class Replayer:
         for table in ("replay_items", "replay_buckets", "replay_values"):
             db.execute(f"ANALYZE {table}")  # noqa: S608  constants only
         preview, totals = work.preview()
+        if preview.any:
+            work.catch_up()  # that took a while, and counting shall wait for little
         with db.transaction():
             if preview.any:  # else nobody has to wait
                 exclude_beside_the_log(db)
@@ -413,8 +424,9 @@ class _Work:
         db = self._db
         basis, positions = self._look(db)
         self.scope = hours_of(db, self._log, self.scope, positions)
-        self._begins = require_held(db, self._log, self.scope, positions)
-        ranges = find_ranges(db, self.scope, positions)
+        held = require_held(db, self._log, self.scope, positions)
+        self._begins = dict(held.begins)
+        ranges, _ = held_part(find_ranges(db, self.scope, positions), held)
         records = sum(one.records for one in ranges)
         limit = self._replayer._settings.replay_records_max
         if records > limit and not self._force:
@@ -435,7 +447,9 @@ class _Work:
         self.scope = self.scope.within(state.since_us, state.until_us)
         self.state = state
         positions = read_positions(self._db)
-        self._begins = require_held(self._db, self._log, self.scope, positions)
+        held = require_held(self._db, self._log, self.scope, positions)
+        self._begins = dict(held.begins)
+        state.left, _ = held_part(state.left, held)
         self._recount()
         self.recount.matched, self.recount.unreadable = state.matched, state.unreadable
 
@@ -514,7 +528,8 @@ class _Work:
                 found = self.finish()
                 items, totals = comparing.changed_items(db), comparing.totals(db, self.scope)
         finally:
-            db.isolation_level = None
+            if not db.closed:
+                db.isolation_level = None
             state.to, state.read, recount.basis, recount.matched, recount.unreadable = kept
         comparing.set_candidates(db, items)
         return found, totals
@@ -528,6 +543,8 @@ class _Work:
             for batch in self._log.read(one, self._begins[one.tp]):
                 self.recount.take(db, one.tp, batch)
                 self.state.read += len(batch)
+                if self.recount.full:
+                    self.recount.flush(db)
         self.recount.flush(db)
         self.recount.take_adjustments(db)
         return comparing.compare(db, self.scope, only=lock)
@@ -541,6 +558,8 @@ class _Work:
     def _missing(self, db: Connection, basis: int, positions: Mapping[Partition, Position]) -> list[Range]:
         """Count what re-drives counted since the last look; returns what chunks did."""
         state = self.state
+        if read_version(db) != self.recount.config_version:
+            self.recount.configure(load_configuration(db))
         rows = db.execute(
             'SELECT topic, partition, "offset" FROM recounted_records '
             "WHERE recount_id > %s AND recount_id <= %s ORDER BY 1, 2, 3",
@@ -548,7 +567,11 @@ class _Work:
         ).fetchall()
         for (topic, number), group in groupby(rows, key=lambda row: (row[0], row[1])):
             tp = Partition(topic, number)
-            offsets = [row[2] for row in group if row[2] < state.to.get(tp, 0) and self._is_held(tp, row[2])]
+            offsets = [row[2] for row in group if row[2] < state.to.get(tp, 0)]
+            if not all(self._is_held(tp, offset) for offset in offsets):
+                # A parked record outlives the log. By now the blocks know when it happened.
+                require_held(db, self._log, self.scope, positions)
+                offsets = [offset for offset in offsets if self._is_held(tp, offset)]
             for start, end in _runs(offsets):
                 for batch in self._log.read(Range(tp, start, end), self._begins.get(tp, 0)):
                     self.recount.take(db, tp, batch, frozenset(offsets))
@@ -557,13 +580,20 @@ class _Work:
         for tp, position in positions.items():
             start = state.to.get(tp, position.start)
             if start < position.next:
+                if position.decided > start:
+                    raise RefusedReplay(
+                        "window_not_held",
+                        f"an older release has counted records of {tp.topic}/{tp.partition} meanwhile, and "
+                        "they cannot be replayed",
+                        path="since",
+                    )
                 self._begins.setdefault(tp, 0)
                 tail.append(Range(tp, start, position.next))
             state.to[tp] = position.next
         return tail
 
     def _is_held(self, tp: Partition, offset: int) -> bool:
-        """A parked record outlives the log. What is held no more lies before the window: see require_held."""
+        """Whether log or archive has it."""
         archive = self._log.archive
         return offset >= self._begins.get(tp, 0) or (
             archive is not None and any(start <= offset < end for start, end in archive.held(tp))
@@ -625,7 +655,7 @@ class _Work:
                 )
                 for row in comparing.periods(db, HOURS_SHOWN)
             ],
-            truncated=found.buckets > len(rows),
+            truncated=found.buckets > len(rows) or found.periods > HOURS_SHOWN,
             totals=[
                 PlannedTotal(
                     row.tenant_id,

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 
 from services.streaming.chunks import Partition
 
 Connection = psycopg.Connection[Any]
+
+#: The lock that keeps out, while a replay compares counters, whoever changes them without moving a position.
+BESIDE_THE_LOG: LiteralString = "hashtextextended('tidemeter/beside-the-log', 0)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Position:
 def ensure_positions(db: Connection, consumer: str, starts: Mapping[Partition, int]) -> None:
     """Create the rows of partitions that this consumer group never read; ``starts`` is the log start."""
     with db.transaction():
+        # A replay locks the positions that there are: none may begin while it compares.
+        db.execute(f"SELECT pg_advisory_xact_lock_shared({BESIDE_THE_LOG})")
         db.cursor().executemany(
             "INSERT INTO partition_offsets (consumer, topic, partition, start_offset, next_offset, "
             "decided_from, decided_to) VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",

@@ -18,6 +18,7 @@ import pytest
 from confluent_kafka import TopicPartition
 
 from services.archive.agent import run_once
+from services.replay import running
 from services.replay.running import Replayer
 from services.streaming import replays
 from services.streaming.replay_plan import Plan
@@ -305,6 +306,56 @@ def test_an_hour_that_a_new_calendar_cuts_is_cut_by_a_replay(scene: Scene) -> No
     assert scene.pipeline.query(hours, scene.tenant) == [(3, 1), (4, 1)]
     scene.settle()
     assert not scene.dry_run().changed_hours
+
+
+def test_a_log_that_ends_below_what_was_counted_proves_nothing(scene: Scene) -> None:
+    scene.feed(scene.usage("a", 3))
+    move = (
+        "UPDATE partition_offsets SET next_offset = next_offset + %s, decided_to = decided_to + %s "
+        "WHERE topic = 'usage.v1' AND partition = 0 RETURNING 1"
+    )
+    scene.pipeline.query(move, 5, 5)
+    try:
+        with pytest.raises(RefusedReplay, match="is not the log that was counted") as refused:
+            scene.dry_run()
+        assert refused.value.code == "log_truncated"
+        assert scene.apply()["state"] == "refused"
+    finally:
+        scene.pipeline.query(move, -5, -5)
+    assert scene.total() == 3 and not scene.dry_run().changed_hours
+
+
+def test_a_plan_has_one_hash_in_every_time_zone(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.feed(scene.usage("a", 3))
+    scene.damage("total = total + 1")
+    here = scene.dry_run()
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    monkeypatch.setenv("PGTZ", "Asia/Kathmandu")
+    time.tzset()
+    try:
+        assert scene.dry_run().plan_hash == here.plan_hash
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_meter_that_is_declared_while_a_replay_runs_is_known_to_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.feed(scene.usage("a", 3))
+    scene.damage("total = total + 1")
+    scan = running._Work.scan
+
+    def meanwhile(self: Any) -> None:
+        scan(self)
+        if (scene.tenant, "new") not in scene.pipeline.meters:
+            scene.pipeline.meter(scene.tenant, "new")
+            scene.feed(scene.usage("b", 5, meter="new"))
+
+    monkeypatch.setattr(running._Work, "scan", meanwhile)
+    done = scene.apply()
+    assert (done["state"], done["result"]["unreadable"]) == ("done", {}), done["error"]
+    assert (scene.total(), scene.total("new")) == (3, 5)
 
 
 def test_a_window_by_arrival_and_by_offsets_covers_the_usage_that_arrived_there(scene: Scene) -> None:
