@@ -589,6 +589,7 @@ class Pipeline:
 
     def _add_carries(self, sums: dict[tuple[Item, int], Decimal]) -> None:
         """What a period has not pushed: below its meter's scale, or pushed in another period."""
+        signed = set(self.query("SELECT tenant_id, meter FROM meters WHERE allow_negative"))
         for row in self.query(
             f"SELECT {_ITEM}, extract(epoch FROM p.period_start), p.carry "
             "FROM item_periods p JOIN items i USING (item_id) WHERE p.carry <> 0"
@@ -596,7 +597,8 @@ class Pipeline:
             item, period, carry = _item(row), int(row[4]), row[5]
             unit = Decimal(1).scaleb(-self.meters[item[0], item[2]].scale)
             moved = item[:2] in {name for name, _ in self.calendars_were}
-            assert 0 < carry < unit or moved, (item, period, carry)
+            least = -unit if (item[0], item[2]) in signed else 0
+            assert least < carry < unit or moved, (item, period, carry)
             sums[item, period] = sums.get((item, period), Decimal(0)) + carry
         for row in self.query(
             f"SELECT {_ITEM}, extract(epoch FROM c.period_start), extract(epoch FROM c.to_period), c.amount "
