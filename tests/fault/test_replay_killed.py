@@ -34,7 +34,8 @@ def damage(pipeline: Pipeline, chance: random.Random) -> int:
     change, _, condition = chance.choice(DAMAGE).partition(" WHERE ")
     with pipeline.database() as db:
         return db.execute(
-            f"UPDATE buckets b SET {change} FROM items i JOIN meters m USING (tenant_id, meter) "
+            "WITH held AS MATERIALIZED (SELECT * FROM items ORDER BY item_id FOR UPDATE) "  # as closing does
+            f"UPDATE buckets b SET {change} FROM held i JOIN meters m USING (tenant_id, meter) "
             f"WHERE i.item_id = b.item_id AND {condition} "
             "AND hashtext(b.item_id::text || b.hour_start) %% 5 = %s",
             (chance.randrange(5),),

@@ -141,8 +141,9 @@ class Scene:
     def damage(self, change: str) -> None:
         with self.pipeline.database() as db:
             db.execute(
-                f"UPDATE buckets b SET {change} FROM items i "
-                "WHERE i.item_id = b.item_id AND i.tenant_id = %s",
+                "WITH held AS MATERIALIZED (SELECT item_id FROM items WHERE tenant_id = %s "
+                f"ORDER BY item_id FOR UPDATE) UPDATE buckets b SET {change} FROM held i "
+                "WHERE i.item_id = b.item_id",
                 (self.tenant,),
             )
 

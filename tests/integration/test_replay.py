@@ -98,9 +98,10 @@ class Scene:
         """Change buckets ``b`` of this tenant by hand; how many."""
         with self.pipeline.database() as db:
             return db.execute(
-                f"UPDATE buckets b SET {change} FROM items i "
-                "WHERE i.item_id = b.item_id AND i.tenant_id = %s",
-                (*values, self.tenant),
+                "WITH held AS MATERIALIZED (SELECT item_id FROM items WHERE tenant_id = %s "
+                f"ORDER BY item_id FOR UPDATE) UPDATE buckets b SET {change} FROM held i "
+                "WHERE i.item_id = b.item_id",
+                (self.tenant, *values),
             ).rowcount
 
     def settle(self) -> None:

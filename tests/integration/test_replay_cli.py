@@ -58,8 +58,9 @@ class Scene:
 
     def damage(self) -> None:
         self.pipeline.query(
-            "UPDATE buckets b SET total = total + 5 FROM items i WHERE i.item_id = b.item_id "
-            "AND i.tenant_id = %s RETURNING 1",
+            "WITH held AS MATERIALIZED (SELECT item_id FROM items WHERE tenant_id = %s "
+            "ORDER BY item_id FOR UPDATE) UPDATE buckets b SET total = total + 5 FROM held i "
+            "WHERE i.item_id = b.item_id RETURNING 1",
             self.tenant,
         )
 
