@@ -54,9 +54,9 @@ def answer_one(
     except Exception as error:
         log.error("failed", exc_info=error)
         return EXIT_BROKEN
+    _answered.set()  # who has read the line may be gone before the next one here
     sys.stdout.buffer.write(found + b"\n")
     sys.stdout.buffer.flush()
-    _answered.set()
     return 0
 
 
