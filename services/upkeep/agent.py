@@ -12,17 +12,17 @@ from schemas.catalog import check_catalog
 from services.streaming import outbox
 from services.streaming.alone import Background, run_alone
 from services.streaming.database import Database
+from services.streaming.loops import Clock, Loop, utc_now
 from services.streaming.observe import Health, Status
 from services.streaming.redriving import Redrives, redrive_forever
 from services.streaming.worker import Worker
-from services.upkeep import cards, dunning, fees, pruning, sending
-from services.upkeep.asking import StripeReader
-from services.upkeep.loops import PRODUCER, Clock, Loop, utc_now
+from services.upkeep import PRODUCER, cards, dunning, fees, pruning, sending
 from services.upkeep.mails import Post, names_of, post_of
 from services.upkeep.notices import GROUP, Notices
 from services.upkeep.smtp import MailServer
 from services.wire.registry import decoder_for
 from services.wire.settings import Settings
+from services.wire.stripe_reader import StripeReader
 from services.wire.topics import OPS
 from upcasters.chain import check_chain, revision, upcasters
 

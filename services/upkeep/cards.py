@@ -10,7 +10,8 @@ import structlog
 
 from services.streaming import outbox
 from services.streaming.database import Database
-from services.upkeep.loops import PRODUCER, Clock, in_thread
+from services.streaming.loops import Clock, in_thread
+from services.upkeep import PRODUCER
 from services.wire.records import OutboxRow, ops_event
 from services.wire.times import micros
 

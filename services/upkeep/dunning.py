@@ -16,10 +16,11 @@ import structlog
 
 from services.streaming import outbox
 from services.streaming.database import Database
+from services.streaming.loops import Clock, in_thread
 from services.streaming.observe import Status
-from services.upkeep.asking import Away, Missing, StripeReader
-from services.upkeep.loops import PRODUCER, Clock, in_thread
+from services.upkeep import PRODUCER
 from services.wire.records import ops_event
+from services.wire.stripe_reader import Away, Missing, StripeReader
 from services.wire.times import EPOCH, micros
 
 log = structlog.get_logger(__name__)

@@ -17,7 +17,7 @@ import structlog
 from psycopg import sql
 
 from services.streaming.database import Database
-from services.upkeep.loops import Clock, in_thread
+from services.streaming.loops import Clock, in_thread
 from services.wire.settings import Settings
 
 log = structlog.get_logger(__name__)

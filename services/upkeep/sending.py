@@ -18,8 +18,9 @@ import structlog
 
 from services.streaming import outbox
 from services.streaming.database import Database
+from services.streaming.loops import Clock, in_thread
 from services.streaming.observe import Status
-from services.upkeep.loops import PRODUCER, Clock, in_thread
+from services.upkeep import PRODUCER
 from services.upkeep.mails import BURST, Notice, Post, message
 from services.upkeep.smtp import TOTAL_SECONDS, Delivered, MailServer
 from services.wire import metrics

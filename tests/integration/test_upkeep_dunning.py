@@ -13,8 +13,8 @@ from stripe import StripeClient
 
 from services.streaming.database import Database
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-from services.upkeep.asking import StripeReader
 from services.upkeep.dunning import PAGE_MAX, Dunning, Fresh, page, store
+from services.wire.stripe_reader import StripeReader
 from tests.integration.upkeeping import NOW, subscription_row, told
 
 LONG_AGO = NOW - timedelta(days=15)

@@ -15,8 +15,8 @@ import pytest
 
 from services.streaming.database import Database
 from services.stripe_simulator import SimulatorConfig, SimulatorControl, running_simulator
-from services.upkeep.asking import Away, StripeReader
 from services.upkeep.fees import ATTEMPTS_MAX, DEGRADED_AFTER, Booked, Fees, NotYet, claim, settle
+from services.wire.stripe_reader import Away, StripeReader
 from tests.integration.upkeeping import NOW, fee_row, told
 
 LEASE = timedelta(seconds=30)

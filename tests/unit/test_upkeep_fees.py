@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import stripe
-
 from services.upkeep.asking import Away, Missing, failure_of
+
 from services.upkeep.fees import ATTEMPTS_MAX, PAUSE_MAX, Booked, Due, difference, pause_after
 
 LEASE = datetime(2026, 11, 22, tzinfo=UTC)

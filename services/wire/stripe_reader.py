@@ -7,7 +7,9 @@ type, is :class:`Away`: the question stays open and nothing is concluded from it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import stripe
@@ -17,6 +19,11 @@ from services.wire.errors import Transient
 from services.wire.settings import Settings
 
 T = TypeVar("T")
+
+HOUR_S = 3600
+#: Both lists are read in pages of the most that Stripe gives.
+PAGE = 100
+METERS_MAX = 10_000
 
 #: The second: a connected account that left, or never was ours.
 _NOT_THERE = ((404, "resource_missing"), (403, "account_invalid"))
@@ -32,6 +39,19 @@ class Away(Transient):
 
 class Missing(Exception):
     """Stripe says that there is no such object, for this key and account."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeterAtStripe:
+    """A billing meter. ``has_window``: Stripe keeps one event of each window only."""
+
+    meter_id: str
+    event_name: str
+    formula: str
+    is_active: bool
+    has_window: bool
+    customer_payload_key: str | None
+    value_payload_key: str | None
 
 
 class StripeReader:
@@ -86,6 +106,67 @@ class StripeReader:
             lambda client: client.v1.subscriptions.retrieve_async(subscription_id, None, _options(account))
         )
 
+    async def meters(self) -> list[MeterAtStripe]:
+        """Every billing meter, archived ones too: GET /v1/billing/meters, all pages; raises :class:`Away`."""
+        found: list[Any] = []
+        page = await self._meter_page({})
+        while True:
+            found += page.data
+            if not page.has_more:
+                return [_meter(one) for one in found]
+            if not page.data or len(found) > METERS_MAX:
+                raise Away("unreadable")
+            page = await self._meter_page({"starting_after": found[-1].id})
+
+    async def used(self, meter_id: str, customer: str, start_s: int, end_s: int) -> Decimal:
+        """What Stripe shows for [start, end), seconds since 1970 on full minutes, as one summary; none is 0.
+
+        GET /v1/billing/meters/{id}/event_summaries; raises as :meth:`charge`.
+        """
+        summaries = await self._summaries(meter_id, customer, start_s, end_s, None)
+        if len(summaries) > 1:
+            raise Away("unreadable")
+        return next(iter(summaries.values()), Decimal(0))
+
+    async def used_by_hour(
+        self, meter_id: str, customer: str, start_s: int, end_s: int
+    ) -> Mapping[int, Decimal]:
+        """The same for every hour by its start: Stripe leaves out hours without usage. Full hours only.
+
+        Either all pages were read, or it raises.
+        """
+        return await self._summaries(meter_id, customer, start_s, end_s, HOUR_S)
+
+    async def _summaries(
+        self, meter_id: str, customer: str, start_s: int, end_s: int, width_s: int | None
+    ) -> dict[int, Decimal]:
+        wanted: dict[str, Any] = {
+            "customer": customer, "start_time": start_s, "end_time": end_s, "limit": PAGE,
+            **({} if width_s is None else {"value_grouping_window": "hour"}),
+        }  # fmt: skip
+        found: dict[int, Decimal] = {}
+        while True:
+            page = await self._summary_page(meter_id, wanted)
+            for one in page.data:
+                start, value = _summary(one, start_s, end_s, width_s)
+                if start in found:
+                    raise Away("unreadable")
+                found[start] = value
+            if not page.has_more:
+                return found
+            if not page.data:
+                raise Away("unreadable")
+            wanted = {**wanted, "starting_after": page.data[-1].id}
+
+    async def _meter_page(self, after: dict[str, str]) -> Any:
+        wanted: Any = {"limit": PAGE, **after}
+        return await self._read(lambda client: client.v1.billing.meters.list_async(wanted))
+
+    async def _summary_page(self, meter_id: str, wanted: Any) -> Any:
+        return await self._read(
+            lambda client: client.v1.billing.meters.event_summaries.list_async(meter_id, wanted)
+        )
+
     async def close(self) -> None:
         """Close the connections."""
         if self._client is not None:
@@ -114,6 +195,33 @@ class StripeReader:
                 max_network_retries=0,
             )
         return self._client
+
+
+def _meter(one: Any) -> MeterAtStripe:
+    try:
+        return MeterAtStripe(
+            meter_id=one.id,
+            event_name=one.event_name,
+            formula=one.default_aggregation.formula,
+            is_active=one.status == "active",
+            has_window=one.event_time_window is not None,
+            customer_payload_key=getattr(one.customer_mapping, "event_payload_key", None),
+            value_payload_key=getattr(one.value_settings, "event_payload_key", None),
+        )
+    except (AttributeError, KeyError):
+        raise Away("unreadable") from None
+
+
+def _summary(one: Any, start_s: int, end_s: int, width_s: int | None) -> tuple[int, Decimal]:
+    """Start and value, if they can be what was asked for. Of a double its shortest text is meant."""
+    try:
+        start, end, value = int(one.start_time), int(one.end_time), Decimal(repr(one.aggregated_value))
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        raise Away("unreadable") from None
+    expected = (start, end) == (start_s, end_s) if width_s is None else end - start == width_s
+    if not (expected and start_s <= start < end_s and value.is_finite()):
+        raise Away("unreadable")
+    return start, value
 
 
 def failure_of(error: Exception) -> Away | Missing:

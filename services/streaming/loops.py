@@ -15,8 +15,6 @@ from services.wire import metrics
 
 log = structlog.get_logger(__name__)
 
-#: Ops events of the jobs, and of dead mails, wait in the outbox under this name.
-PRODUCER = "tidemeter-upkeep"
 #: How long a step that was begun may go on once the process is told to stop.
 FINISH_SECONDS = 8.0
 
