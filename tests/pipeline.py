@@ -295,10 +295,10 @@ class Pipeline:
         return committed(self.admin)
 
     def lag(self) -> dict[tuple[str, int], int]:
-        """Records between the group's committed offset and the end of each usage partition."""
+        """Records between the committed offset and the end of each usage partition, as any tool says."""
         starts, ends = self.log_bounds()
         stands = self.committed()
-        return {tp: end - max(stands.get(tp, 0), starts[tp]) for tp, end in ends.items()}
+        return {tp: end - stands.get(tp, starts[tp]) for tp, end in ends.items()}
 
     def read(self, topic: str) -> list[Read]:
         """Every record of a topic."""

@@ -7,7 +7,8 @@ The contract, point by point:
    with ``os._exit``, because Faust commits past whatever an agent body raised on;
 3. a gap in the offsets stops the partition, with a reason, unless the records are still there to seek to;
    so does a log that ends below the stored position;
-4. on assignment, and after every seek of Faust's own, a group offset ahead of PostgreSQL is moved back;
+4. on assignment, and after every seek of Faust's own, a group offset ahead of PostgreSQL is moved back, and
+   one whose records are gone is moved on;
 5. a short session timeout, and static membership when the worker has a name, so that a killed worker's
    partitions move in seconds;
 6. Faust's web server never starts: it would listen on every interface;
@@ -344,15 +345,21 @@ class Worker(Generic[P]):
         admin = self._admin()
         return self._read_positions(), log_starts(admin, [tp])[tp]
 
-    async def _halt(self, tp: Partition, reason: str) -> None:
-        """Stop the partition for good: stored, and with an ops event. Only an operator takes it up again."""
-        await self._retried("PostgreSQL", self._apply_thread, self._store_halt, tp, reason)
-        self._stop_partition(tp, reason)
+    async def _halt(self, tp: Partition, reason: str, log_start: int | None = None) -> None:
+        """Stop the partition for good: stored, and with an ops event. Only an operator takes it up again.
 
-    def _store_halt(self, tp: Partition, reason: str) -> None:
+        With ``log_start``, only if the position is still below it: who had the partition before may have
+        read those records in time, and commit its last transaction only now.
+        """
+        if await self._retried("PostgreSQL", self._apply_thread, self._store_halt, tp, reason, log_start):
+            self._stop_partition(tp, reason)
+
+    def _store_halt(self, tp: Partition, reason: str, log_start: int | None) -> bool:
         db = self.database.connection()
         with db.transaction():
             position = offsets.lock_position(db, self.group, tp)
+            if position is not None and log_start is not None and position.next_offset >= log_start:
+                return False
             if position is not None and offsets.halt(db, self.group, tp, reason):
                 alarm = ops_event(
                     "partition_halted",
@@ -363,6 +370,7 @@ class Worker(Generic[P]):
                     attributes={"reason": reason},
                 )
                 outbox.enqueue(db, self.group, [alarm])
+        return True
 
     def _stop_partition(self, tp: Partition, reason: str) -> None:
         self._halted[tp] = reason
@@ -417,12 +425,18 @@ class Worker(Generic[P]):
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.settings.kafka(), "log_level": 0})
 
-    def _log_ends(self, assigned: Sequence[Partition]) -> dict[Partition, int]:
+    def _log_bounds(self, assigned: Sequence[Partition]) -> dict[Partition, tuple[int, int]]:
+        """First and next offset of each log."""
         admin = self._admin()
-        return log_ends(admin, assigned)
+        starts, ends = log_starts(admin, assigned), log_ends(admin, assigned)
+        return {tp: (starts[tp], ends[tp]) for tp in assigned}
 
     async def reconcile_offsets(self) -> None:
         """After Faust sought to the committed offsets: nowhere start above what PostgreSQL says.
+
+        What the group has committed below the beginning of the log has no records any more that could come
+        again and be committed past: it is moved on to the position, or lag tools show a lag for ever. But
+        records that retention deleted above the position are lost, so the partition halts.
 
         A log that ends below the stored position is another log (a topic created anew, a restored broker):
         its records would pass for redelivered ones, so the partition halts.
@@ -431,7 +445,7 @@ class Worker(Generic[P]):
         while True:
             assigned = self._assignment()
             positions = await self._retried("PostgreSQL", self._apply_thread, self._positions_for, assigned)
-            ends = await self._retried("Kafka", self._apply_thread, self._log_ends, assigned)
+            bounds = await self._retried("Kafka", self._apply_thread, self._log_bounds, assigned)
             if assigned == self._assignment():  # it may have changed while the servers answered
                 break
         committed = consumer.committed_offsets()
@@ -439,22 +453,25 @@ class Worker(Generic[P]):
         self._positions = {tp: position.next_offset for tp, position in positions.items()}
         self._sought.clear()
         for tp, position in positions.items():
-            kafka_says = committed.get(TP(*tp))
-            if kafka_says is None or kafka_says > position.next_offset:
-                if kafka_says is not None:
-                    log.warning(
-                        "group offset is ahead of PostgreSQL; seeking back",
-                        topic=tp.topic,
-                        partition=tp.partition,
-                    )
+            kafka_says, stored, (start, end) = committed.get(TP(*tp)), position.next_offset, bounds[tp]
+            ahead = kafka_says is not None and kafka_says > stored
+            if ahead:
+                log.warning(
+                    "group offset is ahead of PostgreSQL; seeking back",
+                    topic=tp.topic,
+                    partition=tp.partition,
+                )
+            if kafka_says is None or ahead or kafka_says < start <= stored:
                 consumer.forget_commit(TP(*tp))
                 # So that every lag tool can tell. What is below does not come again, to be relayed for.
-                self._to_settle(tp, position.next_offset, parked=True)
-                await self._seek(tp, position.next_offset)
+                self._to_settle(tp, stored, parked=True)
+                await self._seek(tp, stored)
             if position.halted is not None:
                 self._stop_partition(tp, position.halted)
-            elif position.next_offset > ends[tp]:
+            elif stored > end:
                 await self._halt(tp, "log_truncated")
+            elif stored < start:
+                await self._halt(tp, "offset_gap", start)
         for tp in [tp for tp in self._halted if tp not in self._assigned]:
             metrics.HALTED.labels(tp.topic, str(tp.partition), self._halted.pop(tp)).set(0)
 

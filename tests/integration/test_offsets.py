@@ -133,6 +133,15 @@ def shown(pipeline: Pipeline) -> tuple[dict[str, Any], int]:
     return group, result.exit_code
 
 
+def stock_rows(pipeline: Pipeline) -> dict[tuple[str, int], list[str]]:
+    """Committed offset, end of the log and lag, as Kafka's own tool shows them."""
+    return {
+        (row[1], int(row[2])): row[3:6]
+        for row in (line.split() for line in stock(pipeline, "--describe").splitlines())
+        if row[:1] == [GROUP]
+    }
+
+
 def stock(pipeline: Pipeline, *arguments: str) -> str:
     """Kafka's own tool, on the counters group."""
     command = kafka_tool(
@@ -245,15 +254,54 @@ def test_rewinding_to_offset_0_reads_nothing_again_and_changes_nothing(
 def test_kafkas_own_tool_shows_our_reset(counted: Pipeline) -> None:
     plan = steps(reset(counted, "--topic", "usage.v3:0,1", "--shift-by", "-5", "--execute", "--json"))
     assert [one["read_again"] for one in plan.values()] == [5, 5]
-    described = stock(counted, "--describe")
-    rows = {
-        (row[1], int(row[2])): row[3:6]
-        for row in (line.split() for line in described.splitlines())
-        if row[:1] == [GROUP]
-    }
+    rows = stock_rows(counted)
     for tp, one in plan.items():
         assert rows[tp] == [str(one["to"]), str(one["position"]), "5"]
     assert rows["usage.v3", 2][2] == "0"
+
+
+# Records that are gone ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database", ["a new one", "the one that counted them"])
+def test_a_group_offset_whose_records_are_gone_is_no_lag_for_ever(pipeline: Pipeline, database: str) -> None:
+    """Nothing comes that could be committed past it: the position is told to the group at once."""
+    worker = pipeline.worker(None)
+    old, _ = pipeline.log_bounds()
+    feed(pipeline, 1)
+    if database != "a new one":
+        worker.start()
+        pipeline.await_quiet()
+        assert worker.stop() == 0
+    trim_topics(pipeline.kafka, USAGE)
+    gone, ends = pipeline.log_bounds()
+    assert gone == ends and all(old[tp] < start for tp, start in gone.items())
+    commit_for_group(pipeline.admin, old)
+    worker.start().await_healthy()
+    until(lambda: pipeline.committed() == ends, "the positions committed", 30, worker.log)
+    assert stock_rows(pipeline) == {tp: [str(end), str(end), "0"] for tp, end in ends.items()}
+    assert shown(pipeline)[1] == 0
+    if database == "a new one":
+        pipeline.log.clear()
+    feed(pipeline, 2)
+    pipeline.await_quiet()
+    pipeline.assert_exact()
+
+
+def test_records_that_went_before_they_were_read_halt_also_when_none_follows(
+    pipeline: Pipeline, worker: Worker
+) -> None:
+    before = pipeline.committed()
+    feed(pipeline, 3)
+    trim_topics(pipeline.kafka, USAGE)
+    starts, _ = pipeline.log_bounds()
+    worker.start()
+    halted = "SELECT topic, partition, next_offset FROM partition_offsets WHERE halted = 'offset_gap'"
+    lost = {(*tp, before[tp]) for tp, start in starts.items() if start > before[tp]}
+    until(lambda: set(pipeline.query(halted)) == lost, "the halts", 30, worker.log)
+    until(lambda: worker.health()["status"] == "degraded", "degraded", 30, worker.log)
+    assert worker.stop() == 0
+    assert pipeline.committed() == before
 
 
 # Plans --------------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class Bench:
         monkeypatch.setattr(self.worker, "_relay", lambda: self.told.append("relayed"))
         monkeypatch.setattr(self.worker.database, "connection", lambda: None)
         monkeypatch.setattr(self.worker, "_positions_for", lambda _: {TP: Position(7, [], None)})
-        monkeypatch.setattr(self.worker, "_log_ends", lambda _: {TP: 100})
+        self.log = (0, 100)
+        monkeypatch.setattr(self.worker, "_log_bounds", lambda _: {TP: self.log})
         self.worker._assigned = {TP}
 
     def run(self, scenario: Callable[[], Coroutine[Any, Any, None]]) -> list[object]:
@@ -141,6 +142,42 @@ def test_a_group_offset_that_is_set_to_the_stored_position_waits_for_a_relay(
     """Nothing below that position comes again, and its last owner may not have relayed for it."""
     bench.consumer.committed = {TP: committed}
     assert bench.run(bench.worker.reconcile_offsets) == ["relayed", 7]
+
+
+def test_a_group_offset_whose_records_are_gone_is_set_to_the_stored_position_after_a_relay(
+    bench: Bench,
+) -> None:
+    """What lies between may be gone too when it would be fetched, and then nothing comes to be committed."""
+    bench.consumer.committed, bench.log = {TP: 3}, (5, 100)
+    assert bench.run(bench.worker.reconcile_offsets) == ["relayed", 7]
+
+
+@pytest.mark.parametrize(("committed", "log_start"), [(3, 3), (7, 7)])
+def test_a_group_offset_inside_the_log_is_left_to_what_is_read_again(
+    bench: Bench, committed: int, log_start: int
+) -> None:
+    bench.consumer.committed, bench.log = {TP: committed}, (log_start, 100)
+    assert bench.run(bench.worker.reconcile_offsets) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"), [((8, 100), ("offset_gap", 8)), ((0, 6), ("log_truncated", None))]
+)
+def test_a_position_outside_of_the_log_halts_and_the_group_offset_stays(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, log: tuple[int, int], reason: tuple[str, int | None]
+) -> None:
+    """Also without a record that would show the gap: a lag that nobody works off ends workers for ever."""
+    halts: list[tuple[str, int | None]] = []
+
+    def store_halt(tp: Partition, reason: str, log_start: int | None) -> bool:
+        halts.append((reason, log_start))
+        return True
+
+    monkeypatch.setattr(bench.worker, "_store_halt", store_halt)
+    bench.consumer.committed, bench.log = {TP: 5}, log
+    assert bench.run(bench.worker.reconcile_offsets) == []
+    assert halts == [reason]
+    assert bench.worker._halted == {TP: reason[0]}
 
 
 def test_what_is_settled_of_a_partition_that_moved_away_is_not_committed_again_and_again() -> None:
