@@ -128,7 +128,13 @@ def _address(server: str, database: str) -> str:
 @pytest.fixture
 def empty_kafka(servers: Servers) -> str:
     """Brokers with the product's topics, all empty, and none of its consumer groups."""
-    admin = AdminClient({"bootstrap.servers": servers.kafka})
+    renew_topics(servers.kafka)
+    return servers.kafka
+
+
+def renew_topics(bootstrap: str) -> None:
+    """Delete the product's topics and consumer groups, and create the topics again."""
+    admin = AdminClient({"bootstrap.servers": bootstrap})
     plans = plan_topics(partitions=4, replication=1, min_insync_replicas=1, usage_retention_days=90)
     ours = [plan.name for plan in plans]
     present = set(admin.list_topics(timeout=10).topics)
@@ -143,8 +149,7 @@ def empty_kafka(servers: Servers) -> str:
     for future in admin.delete_consumer_groups(ours_groups).values() if ours_groups else ():
         with contextlib.suppress(KafkaException):  # a member that was killed is still in its session
             future.result()
-    create_topics(servers.kafka, plans)
-    return servers.kafka
+    create_topics(bootstrap, plans)
 
 
 @pytest.fixture

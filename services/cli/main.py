@@ -25,6 +25,7 @@ from services.cli.archive import archive
 from services.cli.bench import bench
 from services.cli.bridge import bridge
 from services.cli.demo import demo
+from services.cli.doctor import doctor
 from services.cli.explain import explain
 from services.cli.keys import keys_app
 from services.cli.offsets import offsets_app
@@ -73,6 +74,7 @@ for command in (
     demo,
     send,
     status.status,
+    doctor,
     explain,
     apply.apply,
     services.ingest,

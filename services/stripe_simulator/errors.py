@@ -4,6 +4,7 @@ ApiError                 an answer with a status; stored for its Idempotency-Key
 ├── InvalidParameters    400 before execution: never stored (docs.stripe.com/api/idempotent_requests)
 ├── Unauthenticated      401 before everything else
 │   └── SessionExpired   401: the stream's token is older than 15 minutes
+├── Forbidden            403: a restricted key lacks a permission; never stored (a choice)
 ├── TooManyRequests      429 before, or instead of, execution: never stored (docs.stripe.com/rate-limits)
 ├── KeyInUse             409: the first request with this Idempotency-Key is still running
 ├── KeyMismatch          400: this Idempotency-Key belongs to other parameters
@@ -83,6 +84,19 @@ class Unauthenticated(ApiError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers={"WWW-Authenticate": 'Bearer realm="Stripe"'})
+
+
+class Forbidden(ApiError):
+    """403 for a restricted key; the message names the permission (observed)."""
+
+    status = 403
+    stored = False
+
+    def __init__(self, permission: str) -> None:
+        super().__init__(
+            "The provided key 'rk_test_****' does not have the required permissions for this endpoint. "
+            f"Having the '{permission}' permission would allow this request to continue."
+        )
 
 
 class SessionExpired(Unauthenticated):

@@ -7,6 +7,7 @@ requests from 1.
 
 fault                  what the client sees, and what was done
 ok                     the ordinary answer: a blank on the tape
+status 403             refused before execution, as to a restricted key without the permission
 status 429, 409        refused before execution; `reason` (one of REASONS) sets Stripe-Rate-Limited-Reason,
                        `lock_timeout` has none and asks to be retried
 status 500             stored for the key and replayed for a day; `applied` says whether the event counted
@@ -38,6 +39,7 @@ import msgspec
 from services.stripe_simulator.errors import (
     Answer,
     ApiError,
+    Forbidden,
     Json,
     TooManyRequests,
     too_many_concurrent_requests,
@@ -56,7 +58,7 @@ NAMES = frozenset(
         "slow",
     }
 )
-STATUSES = frozenset({409, 429, 500, 502, 503, 504})
+STATUSES = frozenset({403, 409, 429, 500, 502, 503, 504})
 #: docs.stripe.com/rate-limits
 REASONS = frozenset(
     {"global-rate", "global-concurrency", "endpoint-rate", "endpoint-concurrency", "resource-specific"}
@@ -96,6 +98,8 @@ class Fault:
 
     def before_execution(self, *, v2: bool) -> Answer | None:
         """The answer of a request that is never executed, or None."""
+        if self.status == 403:
+            return Forbidden("rak_simulated").answer(v2=v2)
         if self.status == 429:
             return TooManyRequests(self.reason, lock_timeout=self.lock_timeout).answer(v2=v2)
         if self.status == 409:

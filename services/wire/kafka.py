@@ -7,7 +7,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from services.wire.errors import Transient
+from services.wire.errors import Misconfigured, Transient
 
 
 def producer_config(bootstrap: str, **overrides: Any) -> dict[str, Any]:
@@ -15,7 +15,15 @@ def producer_config(bootstrap: str, **overrides: Any) -> dict[str, Any]:
 
     ``murmur2_random`` puts a key on the partition the Java client would choose, so that every producer of any
     language sends one item to one partition.
+
+    Raises:
+        Misconfigured: ``overrides`` would make an acknowledgement mean less.
     """
+    weaker = sorted(
+        name for name in ("acks", "enable.idempotence", "request.required.acks") if name in overrides
+    )
+    if weaker:
+        raise Misconfigured(f"{weaker[0]} cannot be overridden: an acknowledged record has to stay, once")
     return {
         "bootstrap.servers": bootstrap,
         "enable.idempotence": True,

@@ -55,6 +55,15 @@ def test_a_gateway_failure_leaves_the_key_with_what_the_api_did(sim: SimulatorCo
     assert sim.total() == "10"
 
 
+def test_a_restricted_key_may_lack_a_permission(sim: SimulatorControl) -> None:
+    sim.play({"fault": "status", "status": 403})
+    response = send(sim, "id-1", "key-1")
+    assert response.status_code == 403
+    assert "Having the 'rak_" in response.json()["error"]["message"]
+    assert send(sim, "id-1", "key-1").status_code == 200
+    assert sim.total() == "5"
+
+
 def test_a_forgotten_key_meets_the_duplicate_refusal(sim: SimulatorControl) -> None:
     sim.play({"fault": "status", "status": 502, "applied": True, "remember": False})
     send(sim, "id-1", "key-1")

@@ -15,6 +15,7 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from services.cli.main import app
+from services.doctor.findings import RULES
 from services.streaming import faults
 from services.wire import metrics
 from services.wire.ops import NAMES
@@ -287,6 +288,12 @@ def test_every_code_of_an_answer_and_of_a_parked_record_is_in_its_page() -> None
             )
     assert len(codes) > 40
     assert not sorted(code for code in codes if f"`{code}`" not in text)
+
+
+def test_the_doctors_page_lists_every_code_with_its_severity() -> None:
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\w+) \|", page("docs/operations/doctor.md"), re.MULTILINE)
+    listed = {code: severity for codes, severity in rows for code in re.findall(r"`(\w+)`", codes)}
+    assert listed == {code: rule.severity.value for code, rule in RULES.items()}
 
 
 def test_every_fault_point_is_in_the_faults_page() -> None:
