@@ -366,6 +366,7 @@ class Archiver:
         if not standing.begun and not start <= standing.position <= end:
             standing.position, standing.oldest_ms = start, None
         before = standing.halt
+        metrics.ARCHIVE_HALTED.labels(tp.topic, str(tp.partition), "").set(0)
         standing.halt = find_halt(self._store, tp, standing.position, start, end)
         if standing.halt is None and standing.position < start:
             log.warning(

@@ -64,6 +64,12 @@ class Bridge:
         self.publisher = publisher
         self.endpoints = endpoints
         self.encoder = encoder
+        for endpoint in endpoints.secrets:
+            for result in (
+                "accepted",
+                "signature_invalid",
+            ):  # from 0 on, so that the first one is an increase
+                WEBHOOKS.labels(endpoint, result)
         self.readiness = Checks({"kafka": self._kafka, "secrets": self._secrets}).readiness
 
     async def take(self, endpoint: str, headers: Headers, receive: Receive) -> None:

@@ -23,6 +23,7 @@ from services.counters.generations import rotate_generations
 from services.counters.ledger import GROUP, Counters
 from services.counters.prepare import Preparer
 from services.counters.redriving import UsageRetry
+from services.counters.watermarks import watch_watermarks
 from services.streaming import outbox
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
@@ -111,10 +112,6 @@ class DeltaTimer:
             if items == 0:
                 break
         metrics.CONSERVATION_GAP.set(conservation(db).gap)
-        waiting = db.execute(
-            "SELECT count(*) FROM outbox WHERE producer IN (%s, %s)", (GROUP, GROUP + outbox.PACKS)
-        ).fetchone()
-        metrics.OUTBOX.labels(GROUP).set(waiting[0] if waiting else 0)
         self._last_good = time.monotonic()
         return closed
 
@@ -166,4 +163,5 @@ async def run(settings: Settings) -> None:
         timer.loop,
         lambda: outbox.relay_forever(settings, GROUP, timer.relay),
         lambda: redrive_forever(settings, redrives),
+        lambda: watch_watermarks(settings),
     )

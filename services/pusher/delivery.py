@@ -20,7 +20,7 @@ what a bucket or a period is written by is read back from the row and never take
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Any
@@ -30,6 +30,7 @@ import psycopg
 
 from services.pusher.giving_back import GiveBack, Returned
 from services.pusher.intents import (
+    OPEN,
     TRANSITIONS,
     Action,
     Answer,
@@ -170,10 +171,12 @@ _CANCEL = """
     """
 
 _COUNTS = """
-    SELECT state, count(*), min(created_at) FROM meter_events
-    WHERE state IN ('pending', 'in_flight', 'in_doubt') GROUP BY state
+    SELECT state, count(*), min(created_at),
+        min(least(first_sent_at + %s, push_before)) FILTER (WHERE state = 'in_doubt')
+    FROM meter_events WHERE state IN ('pending', 'in_flight', 'in_doubt') GROUP BY state
     UNION ALL
-    SELECT 'failed', count(*), NULL FROM meter_events WHERE state = 'failed' AND released_at IS NULL
+    SELECT 'failed', count(*), min(settled_at), NULL FROM meter_events
+    WHERE state = 'failed' AND released_at IS NULL
     """
 
 
@@ -515,9 +518,29 @@ def is_stuck(claim: Claim, verdict: Verdict, now: datetime, policy: Policy) -> b
 # -- Health ------------------------------------------------------------------------------------------
 
 
-async def counts(session: AsyncConnection) -> tuple[dict[str, int], datetime | None]:
-    """Open and failed intents by state, and when the oldest open one was recorded."""
-    rows = await (await session.execute(_COUNTS)).fetchall()
-    oldest = [row[2] for row in rows if row[2] is not None]
-    found = {str(state): 0 for state in (State.PENDING, State.IN_FLIGHT, State.IN_DOUBT, State.FAILED)}
-    return found | {row[0]: row[1] for row in rows}, min(oldest, default=None)
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the journal holds that is not settled. Failed intents are those that were not retried."""
+
+    #: By state, for every state that is counted.
+    counts: Mapping[str, int] = field(default_factory=dict)
+    #: Since when the oldest intent of a state waits: it was recorded then; of failed ones, it failed then.
+    oldest: Mapping[str, datetime] = field(default_factory=dict)
+    #: When the first intent in doubt is no longer resent, or misses its invoice.
+    deadline: datetime | None = None
+
+    @property
+    def oldest_open(self) -> datetime | None:
+        """When the oldest open intent was recorded."""
+        return min((since for state, since in self.oldest.items() if state in OPEN), default=None)
+
+
+async def standing(session: AsyncConnection, policy: Policy) -> Standing:
+    """Count what is not settled, and how long it waits."""
+    rows = await (await session.execute(_COUNTS, (policy.resend_for,))).fetchall()
+    found = {str(state): 0 for state in (*OPEN, State.FAILED)}
+    return Standing(
+        found | {row[0]: row[1] for row in rows},
+        {row[0]: row[2] for row in rows if row[2] is not None},
+        next((row[3] for row in rows if row[3] is not None), None),
+    )

@@ -187,8 +187,11 @@ class Sender:
         self._window_until = -math.inf
         self._sink_reachable: bool | None = None
         self._waiting_for: str | None = None
-        self._counts: dict[str, int] = {}
-        self._oldest: datetime | None = None
+        self._standing = delivery.Standing()
+        metrics.STRIPE_RATE_MAX.set(self.config.rate_per_second)
+        for meaning in Meaning:  # from 0 on, so that the first one is an increase
+            metrics.STRIPE_CALLS.labels(meaning)
+            metrics.METER_EVENTS.labels(meaning)
         self._counted_at = -math.inf
         self.paused_meters = PausedMeters(
             lambda: delivery.connect(dsn, "paused"),
@@ -417,6 +420,8 @@ class Sender:
             answers = [Answer(Meaning.UNKNOWN, type(error).__name__)] * len(batch)
         fault_point("pusher.answered")
         metrics.STRIPE_SECONDS.observe(time.perf_counter() - started)
+        for answer in answers:
+            metrics.METER_EVENTS.labels(answer.meaning).inc()
         for answer in set(answers):
             metrics.STRIPE_CALLS.labels(answer.meaning).inc()
             self._brake.note(answer.meaning, now=time.monotonic(), chance=self._chance())
@@ -508,9 +513,14 @@ class Sender:
         if time.monotonic() - self._counted_at < COUNTS_EVERY_SECONDS:
             return
         self._counted_at = time.monotonic()
-        self._counts, self._oldest = await delivery.counts(session)
-        for state, count in self._counts.items():
+        self._standing = found = await delivery.standing(session, self.config.policy)
+        now = self._clock()
+        for state, count in found.counts.items():
             metrics.INTENTS.labels(state).set(count)
+            since = found.oldest.get(state, now)
+            metrics.INTENTS_OLDEST.labels(state).set(max(0.0, (now - since).total_seconds()))
+        left = math.inf if found.deadline is None else (found.deadline - now).total_seconds()
+        metrics.IN_DOUBT_DEADLINE.set(left)
 
     def check(self) -> tuple[Status, str]:
         """For ``/health/ready``: a status and its reason."""
@@ -522,14 +532,17 @@ class Sender:
             return "degraded", f"sending is paused: {self._brake.reason}; next try in {left:.0f} s"
         if self._sink_reachable is False:
             return "degraded", "the last call got no answer"
-        stuck = {state: self._counts.get(state, 0) for state in (State.IN_DOUBT, State.FAILED)}
+        stuck = {state: self._standing.counts.get(state, 0) for state in (State.IN_DOUBT, State.FAILED)}
         if any(stuck.values()):
             return "degraded", ", ".join(f"{count} {state}" for state, count in stuck.items() if count)
-        return "healthy", f"{self._counts.get(State.PENDING, 0)} pending"
+        return "healthy", f"{self._standing.counts.get(State.PENDING, 0)} pending"
 
     def health(self) -> SenderHealth:
         """Everything an operator may ask."""
         status, reason = self.check()
-        oldest = None if self._oldest is None else (self._clock() - self._oldest).total_seconds()
+        since = self._standing.oldest_open
+        oldest = None if since is None else (self._clock() - since).total_seconds()
         paused_for = self._brake.reason if self._brake.probing else None
-        return SenderHealth(status, reason, self._sink_reachable, paused_for, oldest, dict(self._counts))
+        return SenderHealth(
+            status, reason, self._sink_reachable, paused_for, oldest, dict(self._standing.counts)
+        )

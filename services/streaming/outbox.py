@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from services.wire.settings import Settings
 RELAY_ROWS_MAX = 500
 RELAY_PACKS_MAX = 500
 RELAY_SECONDS = 1.0
+OBSERVE_SECONDS = 5.0
 
 #: A row below 2 kB is stored in its page as it is; a larger one PostgreSQL compresses, and stores elsewhere.
 PACK_BYTES_MAX = 1_800
@@ -216,14 +218,34 @@ def _packed(row: _Row) -> Iterator[KafkaRecord]:
     return ((topic, key, value, headers) for key, value in unpack(pack))
 
 
+_WAITING = (
+    "SELECT (SELECT count(*) FROM outbox WHERE producer = ANY(%(producers)s)), "
+    "extract(epoch FROM now() - min(enqueued_at))::float8 FROM unnest(%(producers)s::text[]) one, "
+    "LATERAL (SELECT enqueued_at FROM outbox WHERE producer = one ORDER BY outbox_id LIMIT 1) oldest"
+)
+
+
+def observe(db: psycopg.Connection[Any], producer: str) -> None:
+    """Set the gauges of what ``producer`` has waiting, packs too."""
+    row = db.execute(_WAITING, {"producers": [producer, producer + PACKS]}).fetchone()
+    waiting, age = row or (0, None)
+    metrics.OUTBOX.labels(producer).set(waiting)
+    metrics.OUTBOX_OLDEST.labels(producer).set(max(0.0, age or 0.0))
+
+
 async def relay_forever(settings: Settings, producer: str, wake: asyncio.Event | None = None) -> None:
     """Relay what ``producer`` has waiting, packs too, every second or when woken, on a connection and a
     producer of its own. For rows that no chunk relays: deltas, and what a sender writes."""
     database = Database(settings.postgres(), "relay")
     kafka = relay_producer(settings.kafka())
     wake = wake or asyncio.Event()
+    observed = float("-inf")
 
     def relay_all() -> None:
+        nonlocal observed
+        if time.monotonic() - observed > OBSERVE_SECONDS:
+            observed = time.monotonic()
+            observe(database.connection(), producer)  # before Kafka, which may be away
         relay(database.connection(), producer, kafka)
         relay_packs(database.connection(), producer, kafka)
 

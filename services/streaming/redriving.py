@@ -26,7 +26,7 @@ from schemas.catalog import CURRENT_VERSIONS
 from services.streaming import outbox
 from services.streaming.database import TRANSIENT_ERRORS, Database
 from services.streaming.faults import fault_point
-from services.streaming.parking import CHOSEN, REDRIVABLE, RELEASE_REASONS, Choice, Kind, audit
+from services.streaming.parking import CHOSEN, KINDS, REDRIVABLE, RELEASE_REASONS, Choice, Kind, audit
 from services.wire import metrics
 from services.wire.records import ops_event
 from services.wire.settings import Settings
@@ -356,6 +356,8 @@ def observe(db: Connection, service: str) -> None:
         (service,),
     ).fetchall()
     metrics.PARKED.clear()
+    for name in KINDS:
+        metrics.PARKED.labels(name, "").set(0)  # so that the first one is an increase
     for kind, reason, number in rows:
         metrics.PARKED.labels(kind, reason).set(number)
 

@@ -453,6 +453,7 @@ class Worker(Generic[P]):
         self._positions = {tp: position.next_offset for tp, position in positions.items()}
         self._sought.clear()
         for tp, position in positions.items():
+            metrics.HALTED.labels(tp.topic, str(tp.partition), "").set(0)  # a series before anything happens
             kafka_says, stored, (start, end) = committed.get(TP(*tp)), position.next_offset, bounds[tp]
             ahead = kafka_says is not None and kafka_says > stored
             if ahead:

@@ -156,7 +156,7 @@ def web_app(
 
     ``start`` sets ``app.state.readiness``: a coroutine function that returns a :class:`Readiness`.
     """
-    return MeteredApp(
+    app = MeteredApp(
         [*routes, live, ready, metrics, openapi_json],
         on_startup=[start],
         on_shutdown=[stop],
@@ -170,6 +170,13 @@ def web_app(
         debug=False,
         request_max_body_size=None,
     )
+    for route in app.routes:
+        for method in getattr(route, "methods", _METHODS) & _METHODS - {"OPTIONS"}:
+            HTTP_REQUESTS.labels(
+                route.path_format, method, "500"
+            )  # from 0 on, so that the first one is an increase
+            HTTP_SECONDS.labels(route.path_format, method)
+    return app
 
 
 def serve(app: Litestar, host: str, port: int) -> None:

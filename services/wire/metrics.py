@@ -5,6 +5,8 @@ Names without the prefix ``tidemeter_`` are fixed by operators' runbooks.
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.wire.ops import NAMES
@@ -31,8 +33,15 @@ CHUNK_SECONDS = Histogram("tidemeter_chunk_seconds", "Time of one stage of one c
 HALTED = Gauge(
     "tidemeter_partition_halted", "Partitions that wait for an operator.", ["topic", "partition", "reason"]
 )
-#: Rows waiting in the outbox. Worry when it stays above 0.
+#: Rows waiting in the outbox. Worry when it grows.
 OUTBOX = Gauge("tidemeter_outbox_rows", "Records decided but not yet on Kafka.", ["producer"])
+#: Age of the oldest of them, seconds; 0 when none waits. Worry when it passes a minute.
+OUTBOX_OLDEST = Gauge(
+    "tidemeter_outbox_oldest_seconds", "Age of the oldest record that is not yet on Kafka.", ["producer"]
+)
+#: Newest event time counted, seconds since 1970: ``time()`` minus it is the lag of the watermark. A moment
+#: and not an age, so that it grows while nobody looks. Worry when a meter that is busy falls behind.
+WATERMARK = Gauge("tidemeter_watermark_timestamp_seconds", "Newest event time counted.", ["tenant", "meter"])
 #: Ops events by name, counted once Kafka has them. Worry by name: deploy/ALERTS.md.
 OPS_EVENTS = Counter("tidemeter_ops_events", "Ops events sent.", ["name"])
 for _name in sorted(NAMES):
@@ -41,15 +50,28 @@ for _name in sorted(NAMES):
 PARKED = Gauge("tidemeter_parked_records", "Parked records that are not settled.", ["kind", "reason"])
 #: Retries of a chunk because Kafka or PostgreSQL was away.
 RETRIES = Counter("tidemeter_retries", "Retries after a transient failure.", ["stage"])
+for _name in ("Kafka", "PostgreSQL"):
+    RETRIES.labels(_name)
 
 #: Deltas closed by the timer.
 DELTAS_CLOSED = Counter("tidemeter_deltas_closed", "Deltas closed.")
 #: Intents by state; failed ones until they are retried. Worry when in_doubt or failed is above 0.
 INTENTS = Gauge("tidemeter_intents", "Intents in the journal.", ["state"])
+#: Age of the oldest intent of a state, seconds: since it was recorded; of failed ones, since they failed.
+INTENTS_OLDEST = Gauge("tidemeter_intents_oldest_seconds", "Age of the oldest intent of a state.", ["state"])
+#: Seconds until the first intent in doubt is no longer resent, or misses its invoice; below 0: it did.
+IN_DOUBT_DEADLINE = Gauge(
+    "tidemeter_in_doubt_deadline_seconds", "Time left for the most urgent intent in doubt; +Inf for none."
+)
+IN_DOUBT_DEADLINE.set(math.inf)
 #: Meters whose usage Stripe does not take: missing or archived. Page someone when above 0.
 METERS_PAUSED = Gauge("tidemeter_meters_paused", "Meters that wait until Stripe has them again.")
 #: Calls to Stripe by what the answer means.
 STRIPE_CALLS = Counter("tidemeter_stripe_calls", "Calls to Stripe.", ["result"])
+#: Meter events by what the answer means; one call of the stream carries up to 100.
+METER_EVENTS = Counter("tidemeter_meter_events", "Meter events sent to Stripe.", ["result"])
+#: Meter events per second that this pusher may send.
+STRIPE_RATE_MAX = Gauge("tidemeter_stripe_rate_max", "Meter events per second, at most.")
 #: Time of one call to Stripe, seconds.
 STRIPE_SECONDS = Histogram("tidemeter_stripe_call_seconds", "Time of one call to Stripe.")
 

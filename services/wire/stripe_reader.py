@@ -224,6 +224,10 @@ def _summary(one: Any, start_s: int, end_s: int, width_s: int | None) -> tuple[i
     return start, value
 
 
+for _result in ("read", "missing", "unauthorised", "unknown"):
+    metrics.STRIPE_CALLS.labels(_result)  # from 0 on, so that the first one is an increase
+
+
 def failure_of(error: Exception) -> Away | Missing:
     """What an exception out of the library, or out of the transport beneath it, meant."""
     if isinstance(error, stripe.StripeError):
