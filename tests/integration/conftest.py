@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
 
+from services.embedded.stack import Stack
 from tests.integration.pushing import World, open_world
+from tests.integration.running import CONFIGURATION, running_stack, tidemeter
 
 
 @pytest.fixture
@@ -14,3 +17,19 @@ def world(postgres_dsn: str) -> Iterator[World]:
     """An empty journal, a simulator, and senders on demand."""
     with open_world(postgres_dsn) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The whole product, for the tests of one module."""
+    with running_stack(tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api_key(stack: Stack) -> str:
+    tidemeter(stack, "apply", "-f", "-", "--create-in-stripe", given=CONFIGURATION)
+    key: str = json.loads(
+        tidemeter(stack, "keys", "create", "--tenant", "acme", "--scope", "ingest", "--json")
+    )["key"]
+    return key

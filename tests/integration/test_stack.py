@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.embedded.stack import Stack
-from services.wire.settings import load_settings
+from tests.integration.running import (
+    PLANTED_CUSTOMER,
+    PLANTED_PROPERTY,
+    TIDEMETER,
+    event,
+    post,
+    status,
+    tidemeter,
+    wait_for,
+)
 from tests.oracle import unframe
 
-TIDEMETER = [sys.executable, "-m", "services.cli.main"]
-#: Values that must never reach a log, a label or an error answer.
-PLANTED_CUSTOMER = "planted-customer-7f3a"
-PLANTED_PROPERTY = "planted-property-91bc"
+#: More values that must never reach a log, a label or an error answer.
 PLANTED_MAIL = "planted.person@example.org"
 PLANTED_NAME = "Planted Q. Person"
 PLANTED_URL = "https://billing.example.org/session/planted-5d2e"
@@ -33,90 +36,6 @@ PLANTED_POISON = "planted-poison-e07f"
 PROCESSES = (
     *("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "replayer", "archive", "bridge"),
 )
-CONFIGURATION = f"""
-tenants:
-  - id: acme
-    timezone: Europe/Budapest
-    meters:
-      - {{slug: calls, stripe: {{event_name: acme.calls}}}}
-    customers:
-      - {{ref: {PLANTED_CUSTOMER}}}
-"""
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    root = tmp_path_factory.mktemp("stack")
-    for part in (root, *root.parents):
-        if part.stat().st_uid == os.getuid() and part.name.startswith(("pytest-", "stack")):
-            part.chmod(0o711)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("KAFKA_BOOTSTRAP", "POSTGRES_DSN", "STRIPE_API_KEY", "STRIPE_API_BASE"):
-            patch.delenv(f"TIDEMETER_{name}", raising=False)
-        patch.setenv("TIDEMETER_DATA_DIR", str(root))
-        patch.setenv("TIDEMETER_DELTA_INTERVAL_SECONDS", "0.2")
-        patch.setenv("TIDEMETER_ARCHIVE_URL", str(root / "archive"))
-        patch.setenv("TIDEMETER_ARCHIVE_FILE_SECONDS", "1")
-        with Stack(root, load_settings()) as running:
-            yield running
-
-
-def tidemeter(stack: Stack, *arguments: str, given: str | None = None, code: int = 0) -> str:
-    done = subprocess.run(
-        [*TIDEMETER, *arguments],
-        env=stack.environment(),
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout
-
-
-def status(stack: Stack) -> dict[str, Any]:
-    done = subprocess.run(
-        [*TIDEMETER, "status", "--json"], env=stack.environment(), capture_output=True, text=True, timeout=60
-    )
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
-
-
-def wait_for(stack: Stack, what: str, done: Any, seconds: float = 60) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        now = status(stack)
-        if done(now):
-            return now
-        time.sleep(0.3)
-    raise AssertionError(f"not within {seconds} s: {what}; {now}")
-
-
-@pytest.fixture(scope="module")
-def api_key(stack: Stack) -> str:
-    tidemeter(stack, "apply", "-f", "-", "--create-in-stripe", given=CONFIGURATION)
-    key: str = json.loads(
-        tidemeter(stack, "keys", "create", "--tenant", "acme", "--scope", "ingest", "--json")
-    )["key"]
-    return key
-
-
-def post(stack: Stack, key: str, *events: dict[str, Any]) -> httpx.Response:
-    url = f"{stack.member('ingest').base_url}/v1/events/ingest"
-    return httpx.post(
-        url, json={"events": list(events)}, headers={"Authorization": f"Bearer {key}"}, timeout=30
-    )
-
-
-def event(key: str, quantity: Any = 1, **more: Any) -> dict[str, Any]:
-    return {
-        "metric": "calls",
-        "customerRef": PLANTED_CUSTOMER,
-        "quantity": quantity,
-        "idempotencyKey": key,
-        "meta": {"note": PLANTED_PROPERTY},
-        **more,
-    }
 
 
 def at_stripe(stack: Stack) -> str:
