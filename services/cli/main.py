@@ -16,6 +16,7 @@ from services.cli import (
     operate,
     parked,
     periods,
+    reconcile,
     replay,
     services,
     status,
@@ -86,6 +87,8 @@ for command in (
     services.dispatcher,
     archive,
     services.replayer,
+    services.reconciler,
+    reconcile.reconcile,
     replay.replay,
     replay.rebuild,
     services.migrate,
@@ -97,6 +100,7 @@ app.command("stripe-simulator")(services.stripe_simulator)
 app.add_typer(meter_events.meter_events_app, name="meter-events")
 app.add_typer(parked.parked_app, name="parked")
 app.add_typer(replay.replays_app, name="replays")
+app.add_typer(reconcile.reconciliation_app, name="reconciliation")
 app.add_typer(adjustments.adjustments_app, name="adjustments")
 app.add_typer(periods.periods_app, name="periods")
 app.add_typer(webhooks_app, name="webhooks")

@@ -92,6 +92,19 @@ def replayer() -> None:
         asyncio.run(run(settings))
 
 
+def reconciler() -> None:
+    """Run one reconciler: what Stripe shows beside what it should, every so often and when asked for.
+
+    Example: TIDEMETER_STRIPE_API_KEY_FILE=/run/secrets/stripe tidemeter reconciler
+    """
+    from services.reconciler.agent import run
+
+    with sentences():
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format, service="reconciler")
+        asyncio.run(run(settings))
+
+
 def stripe_simulator(
     port: Annotated[int, typer.Option(help="Port to listen on, 0 for a free one.")] = 12111,
     data: Annotated[

@@ -64,3 +64,9 @@ PRUNE_WEBHOOKS_RESPONSES: dict[int, ResponseSpec] = {
     400: documented("The body is malformed.", Problem),
     **COMMON_RESPONSES,
 }
+#: Every answer to a request for a reconciliation but the good one.
+RECONCILE_RESPONSES: dict[int, ResponseSpec] = {
+    400: documented("The body is malformed, a time is none, or say of which tenant.", Problem),
+    404: documented("There is no such tenant or meter; the path says which.", Problem),
+    **COMMON_RESPONSES,
+}

@@ -10,6 +10,7 @@ from services.console import (
     adjustment_routes,
     explain_routes,
     parked_routes,
+    reconciliation_routes,
     replay_routes,
     webhook_routes,
 )
@@ -18,6 +19,7 @@ ROUTES: Sequence[ControllerRouterHandler] = (
     *adjustment_routes.ROUTES,
     *explain_routes.ROUTES,
     *parked_routes.ROUTES,
+    *reconciliation_routes.ROUTES,
     *replay_routes.ROUTES,
     *webhook_routes.ROUTES,
 )

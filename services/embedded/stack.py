@@ -133,7 +133,7 @@ class Stack:
         for number in range(1, self._counters + 1):
             name = f"counters-{number}"
             self._add(name, ["counters"], self._port(name), worker_id=name)
-        for name in ("pusher", "dispatcher", "upkeep", "replayer"):
+        for name in ("pusher", "dispatcher", "upkeep", "replayer", "reconciler"):
             self._add(name, [name], self._port(name), worker_id=f"{name}-1")
         if self.settings.archive_url is not None:
             self._add("archive", ["archive"], self._port("archive"))

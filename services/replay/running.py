@@ -41,7 +41,7 @@ from services.replay.ranges import (
 )
 from services.replay.recompute import Connection, Recount
 from services.streaming.chunks import Partition
-from services.streaming.database import TRANSIENT_ERRORS
+from services.streaming.database import BULK_OPTIONS, TRANSIENT_ERRORS
 from services.streaming.faults import fault_point
 from services.streaming.outbox import enqueue
 from services.streaming.parking import audit
@@ -156,7 +156,7 @@ class Replayer:
             autocommit=True,
             application_name="tidemeter-replay",
             connect_timeout=5,
-            options="-c jit=off -c work_mem=64MB -c idle_in_transaction_session_timeout=60000",
+            options=BULK_OPTIONS,
         )
         # The hash of a plan is of texts, so times are written alike everywhere, whatever PGTZ says.
         db.execute("SET timezone = 'UTC'")

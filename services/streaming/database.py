@@ -20,7 +20,7 @@ TRANSIENT_ERRORS = (
 #: A worker that is stopped inside a transaction must not hold its locks for ever. Its statements look a few
 #: thousand keys up in tables of any size; a plan that reads a whole table is good for a small one only, and
 #: stays in use while that grows: statistics come minutes later.
-_OPTIONS = " ".join(
+WORKER_OPTIONS = " ".join(
     f"-c {setting}"
     for setting in (
         "idle_in_transaction_session_timeout=20000",
@@ -31,13 +31,17 @@ _OPTIONS = " ".join(
     )
 )
 
+#: For statements that read whole tables.
+BULK_OPTIONS = "-c jit=off -c work_mem=64MB -c idle_in_transaction_session_timeout=60000"
+
 
 class Database:
     """Lazily connected; :meth:`connection` gives a working one or raises an ``OperationalError``."""
 
-    def __init__(self, dsn: str, name: str) -> None:
+    def __init__(self, dsn: str, name: str, options: str = WORKER_OPTIONS) -> None:
         self._dsn = dsn
         self._name = name
+        self._options = options
         self._connection: psycopg.Connection[Any] | None = None
 
     def connection(self) -> psycopg.Connection[Any]:
@@ -52,7 +56,7 @@ class Database:
                 keepalives_idle=5,
                 keepalives_interval=2,
                 keepalives_count=3,
-                options=_OPTIONS,
+                options=self._options,
             )
         return self._connection
 

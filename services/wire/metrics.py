@@ -6,8 +6,11 @@ Names without the prefix ``tidemeter_`` are fixed by operators' runbooks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from services.wire.ops import NAMES
 
@@ -102,3 +105,46 @@ ARCHIVE_HALTED = Gauge(
 REPLAYS = Gauge("tidemeter_replays", "Replays that are not done.", ["state"])
 #: Records of the replay that runs in this process: read, total. 0 while none does.
 REPLAY_RECORDS = Gauge("tidemeter_replay_records", "Records of the running replay.", ["of"])
+
+
+class Snapshot(Collector):
+    """A gauge whose series are replaced all at once, so that none stays behind and no scrape sees a part."""
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
+        self._name, self._documentation, self._labels = name, documentation, labels
+        self._rows: Sequence[tuple[Sequence[str], float]] = ()
+        REGISTRY.register(self)
+
+    def show(self, rows: Iterable[tuple[Sequence[str], float]]) -> None:
+        """From now on these: the values of the labels, and the number."""
+        self._rows = list(rows)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """What a scrape sees."""
+        family = GaugeMetricFamily(self._name, self._documentation, labels=self._labels)
+        for labels, value in self._rows:
+            family.add_metric(labels, value)
+        yield family
+
+
+_ITEM_PERIOD = ("tenant", "meter", "item", "period")
+#: What Stripe should show minus what it shows, without sign; NaN: not known. Worry when above 0 for long.
+RECON_DIFF_ABS = Snapshot(
+    "reconciliation_diff_abs", "Difference to Stripe, by item and period.", _ITEM_PERIOD
+)
+#: The same as a part of Stripe's total: 0.005 is half a percent. Page someone when above that.
+RECON_DIFF_PCT = Snapshot(
+    "reconciliation_diff_pct", "Relative difference to Stripe, by item and period.", _ITEM_PERIOD
+)
+#: Items and periods by what was found. Worry when unknown stays above 0; page someone for drift.
+RECON_ITEMS = Gauge("tidemeter_reconciliation_items", "Items and periods by what was found.", ["state"])
+#: Reconciliations by how they ended. Worry when done stops growing.
+RECON_RUNS = Counter("recon_runs", "Reconciliations that have ended.", ["result"])
+for _result in ("done", "failed"):
+    RECON_RUNS.labels(_result)
+#: Time of one reconciliation, seconds.
+RECON_SECONDS = Histogram(
+    "recon_duration_seconds",
+    "Time of one reconciliation.",
+    buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
+)

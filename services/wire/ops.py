@@ -35,6 +35,9 @@ NAMES: Final = frozenset(
         "meter_paused",
         "meter_resumed",
         "meter_reporting_failed",
+        # reconciler
+        "reconciliation_drift",
+        "reconciliation_resolved",
         # archive
         "archive_halted",
         # webhooks

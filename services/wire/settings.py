@@ -209,6 +209,19 @@ class Settings(BaseSettings):
     stripe_timeout_seconds: float = Field(20.0, gt=0, le=80, description="Time limit of one call to Stripe.")
     stripe_allow_live: bool = Field(False, description="Must be true before an sk_live_ key is accepted.")
 
+    reconcile_interval_seconds: float = Field(
+        900.0, ge=1, le=86_400, description="Pause between two reconciliations."
+    )
+    reconcile_patience_seconds: float = Field(
+        3600.0, ge=0, le=86_400, description="Stripe may take so long to show usage, and a push to leave."
+    )
+    reconcile_epsilon: float = Field(
+        0.005, ge=0, lt=1, description="A difference up to this part of Stripe's total is a small one."
+    )
+    reconcile_rate_per_second: float = Field(
+        20.0, gt=0, le=100, description="Questions of the reconciler to Stripe per second, at most."
+    )
+
     log_format: Literal["auto", "json", "console"] = Field("auto", description="Form of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
 

@@ -34,7 +34,8 @@ PLANTED_URL = "https://billing.example.org/session/planted-5d2e"
 PLANTED_POISON = "planted-poison-e07f"
 #: Every process of ours.
 PROCESSES = (
-    *("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "replayer", "archive", "bridge"),
+    *("simulator", "ingest", "counters-1", "pusher", "dispatcher", "upkeep", "replayer", "reconciler"),
+    *("archive", "bridge"),
 )
 
 

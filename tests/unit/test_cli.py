@@ -58,6 +58,7 @@ def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
         *("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume"),
         *("periods changes", "periods carried", "offsets show", "offsets reset"),
         *("replay", "replays list", "replays show", "replays cancel", "rebuild", "replayer"),
+        *("reconcile", "reconciler", "reconciliation show", "reconciliation dismiss"),
     )
     assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
 
@@ -130,6 +131,10 @@ def test_without_a_command_the_help_is_shown() -> None:
         ),
         ("rebuild", "no Kafka address"),
         ("replayer", "no Kafka address"),
+        ("reconciler", "no Kafka address"),
+        ("reconcile", "no PostgreSQL address"),
+        ("reconciliation show", "no PostgreSQL address"),
+        ("reconciliation dismiss 1 --note x", "no PostgreSQL address"),
         ("replays list", "no PostgreSQL address"),
         ("replays show 1", "no PostgreSQL address"),
         ("replays cancel 1", "no PostgreSQL address"),

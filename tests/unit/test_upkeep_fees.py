@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import stripe
-from services.upkeep.asking import Away, Missing, failure_of
 
 from services.upkeep.fees import ATTEMPTS_MAX, PAUSE_MAX, Booked, Due, difference, pause_after
+from services.wire.stripe_reader import Away, Missing, failure_of
 
 LEASE = datetime(2026, 11, 22, tzinfo=UTC)
 CHARGE = Due("ch_1", "charge", "", "ch_1", 1000, "usd", None, 0, LEASE)
