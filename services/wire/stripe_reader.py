@@ -25,8 +25,8 @@ HOUR_S = 3600
 PAGE = 100
 METERS_MAX = 10_000
 
-#: The second: a connected account that left, or never was ours.
-_NOT_THERE = ((404, "resource_missing"), (403, "account_invalid"))
+#: The second: what a parameter names. The third: a connected account that left, or never was ours.
+_NOT_THERE = ((404, "resource_missing"), (400, "resource_missing"), (403, "account_invalid"))
 
 
 class Away(Transient):
