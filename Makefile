@@ -38,6 +38,9 @@ lock: $(READY)   ## resolve the dependencies again (needs uv)
 	  --no-emit-find-links --python-version 3.11 pyproject.toml --extra embedded --extra dev --upgrade \
 	  -o deploy/requirements.lock
 	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	  --no-emit-find-links --python-version 3.11 pyproject.toml -c deploy/requirements.lock \
+	  -o deploy/runtime.lock
+	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \
 	  --no-emit-find-links --python-version 3.11 bench/rivals/quix.in --upgrade -o bench/rivals/quix.lock
 
 clean:           ## remove the virtual environments and caches

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from services.embedded import EmbeddedError
 from services.wire.errors import Misconfigured, Transient
 from services.wire.log import configure_logging
 
@@ -89,6 +88,8 @@ def bench(
 
     Example: tidemeter bench counting --events 100000
     """
+    from services.embedded import EmbeddedError
+
     if name is not None and name not in BENCHES:
         raise _fail(f"no benchmark {name}; there are {', '.join(BENCHES)}", MISUSED)
     options = {"events": events, "seed": seed, "rounds": rounds, "items": items or None, "seen": seen}

@@ -113,6 +113,8 @@ class Counters:
         self._config: Configuration | None = None
         # A key is kept from its arrival on. An event may be a little ahead of its own, and clocks differ.
         self._key_age_us = dedupe_days * DAY_US - HOUR_US
+        for outcome in OUTCOMES:  # from 0 on, so that the first one is an increase
+            metrics.OUTCOMES.labels(outcome)
 
     def prepare(self, chunk: Chunk) -> Prepared:
         """See :class:`services.counters.prepare.Preparer`."""

