@@ -197,7 +197,11 @@ def named(candidates: Sequence[tuple[str, Decimal]], missing: Decimal) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class Hour:
-    """A bucket that is not as it is at rest. ``sent``: what deltas and meter events hold of it."""
+    """A bucket that is not as it is at rest. ``sent``: what deltas and meter events hold of it.
+
+    ``waits``: for closing, or until its delta is settled. ``is_wrong``: it is not there although something
+    was sent of it, or it does not know whether something is under way.
+    """
 
     hour: datetime
     total: Decimal
@@ -205,6 +209,7 @@ class Hour:
     pushed: Decimal
     sent: Decimal
     waits: bool
+    is_wrong: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +254,7 @@ def of_books(books: Books, journal: Journal, closing_since: datetime | None) -> 
             to_close += ZERO if books.is_max else changed
         elif changed:
             findings.append(Finding("counter_differs", ZERO if books.is_max else changed, hour.hour))
-        if hour.pushed != hour.sent:
+        if hour.pushed != hour.sent or hour.is_wrong:
             findings.append(Finding("books_differ", hour.pushed - hour.sent, hour.hour))
     if books.is_max and books.total != books.closed:
         if any(hour.waits for hour in books.hours):
@@ -281,12 +286,21 @@ def of_values(
 ) -> ItemPeriod:
     """The same of a ``last`` meter: its newest hour's value is the period's. ``reported``: the newest one."""
     findings = [Finding("push_failed", ZERO, hour, names) for hour, _, names in journal.failed]
-    findings += [Finding("counter_differs", ZERO, one.hour) for one in others if not one.waits]
+    findings += [Finding("books_differ", ZERO, one.hour) for one in others if one.is_wrong]
+    findings += [
+        Finding("counter_differs", ZERO, one.hour)
+        for one in others
+        if one.total != one.closed and not (one.waits or (newest is not None and one.hour == newest.hour))
+    ]
     value = ZERO if newest is None else _whole(newest.total, unit)
     waiting, since = journal.pending, journal.waits_since
     if newest is not None and newest.waits:
         waiting, since = value - journal.reported, since or closing_since
-    elif newest is not None and not (journal.pending or journal.doubts) and value != journal.reported:
+    elif (
+        newest is not None
+        and not (journal.pending or journal.doubts)
+        and (value != journal.reported or newest.total != newest.closed)
+    ):
         cause: Cause = "push_failed" if journal.failed else "counter_differs"
         findings.append(Finding(cause, value - journal.reported, newest.hour))
     return ItemPeriod(value, journal.reported, waiting, since, journal.doubts, findings)
@@ -344,7 +358,14 @@ def judge(
     findings.sort(key=lambda one: (one.hour is None, one.hour and utc(one.hour), one.cause))
     counted = sum((part.counted for part in parts), ZERO)
     waiting = sum((part.waiting for part in parts), ZERO) + lagging
-    reason = _unknown(period, parts, answers, _must_wait(lag, reported, policy.now), policy)
+    reason = _unknown(
+        period,
+        parts,
+        answers,
+        policy,
+        lagging=_must_wait(lag, reported, policy.now),
+        has_findings=bool(findings),
+    )
     if reason is not None:
         seen = None if any(one.unknown for one in answers) or not period.has_customer else stripe
         return Verdict("unknown", reason, counted, waiting, local, seen, None, None, findings)
@@ -381,8 +402,10 @@ def _unknown(
     period: Period,
     parts: Sequence[ItemPeriod],
     answers: Sequence[AccountAnswer],
-    lagging: bool,
     policy: Policy,
+    *,
+    lagging: bool,
+    has_findings: bool,
 ) -> Reason | None:
     if not period.has_customer:
         return "no_stripe_customer"
@@ -391,6 +414,8 @@ def _unknown(
             return answer.unknown
     if any(part.doubts for part in parts):
         return "in_doubt"
+    if has_findings:
+        return None  # whatever time may explain, these it does not
     if lagging:
         return "summary_lags"
     since = min((part.waits_since for part in parts if part.waits_since is not None), default=None)

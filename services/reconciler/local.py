@@ -134,38 +134,51 @@ ORDER BY r.place, r.item_id, r.period_start
 
 #: Hours that are not as they are at rest. What a `last` meter pushed is no sum.
 _HOURS: LiteralString = """
-WITH mine AS (SELECT r.*, m.aggregation FROM reconciling r JOIN meters m USING (tenant_id, meter)
+WITH mine AS (SELECT r.*, m.aggregation = 'last' AS is_last
+              FROM reconciling r JOIN meters m USING (tenant_id, meter)
               WHERE r.place BETWEEN %(first)s AND %(last)s),
 sent AS (
-    SELECT item_id, period_start, hour_start, sum(amount) AS amount FROM (
-        SELECT e.item_id, e.period_start, e.hour_start, e.amount
+    SELECT item_id, period_start, hour_start, sum(amount) AS amount, bool_or(under_way) AS under_way FROM (
+        SELECT e.item_id, e.period_start, e.hour_start,
+               CASE WHEN e.state = 'cancelled' OR e.released_at IS NOT NULL THEN 0
+                   ELSE e.amount END AS amount,
+               e.state IN ('pending', 'in_flight', 'in_doubt') AS under_way
         FROM mine JOIN meter_events e USING (item_id, period_start)
-        WHERE e.state <> 'cancelled' AND e.released_at IS NULL AND e.formula <> 'last'
         UNION ALL
-        SELECT d.item_id, d.period_start, d.hour_start, d.amount
+        SELECT d.item_id, d.period_start, d.hour_start, d.amount, true
         FROM mine JOIN deltas d USING (item_id, period_start)
-        WHERE mine.aggregation <> 'last'
-          AND NOT EXISTS (SELECT FROM meter_events e WHERE e.identifier = d.identifier)) AS every
+        WHERE NOT EXISTS (SELECT FROM meter_events e WHERE e.identifier = d.identifier)) AS every
     GROUP BY item_id, period_start, hour_start
 ), kept AS (
-    SELECT b.* FROM mine JOIN buckets b USING (item_id, period_start)
+    SELECT b.*, true AS is_there FROM mine JOIN buckets b USING (item_id, period_start)
 )
 SELECT item_id, period_start, hour_start, coalesce(b.total, 0), coalesce(b.closed, 0),
-       coalesce(b.pushed, 0), coalesce(s.amount, 0),
-       coalesce(mine.dirty_from <= hour_start, false) OR coalesce(b.open, false)
+       CASE WHEN mine.is_last THEN 0 ELSE coalesce(b.pushed, 0) END,
+       CASE WHEN mine.is_last THEN 0 ELSE coalesce(s.amount, 0) END,
+       coalesce(mine.dirty_from <= hour_start, false) OR coalesce(b.open, false),
+       b.is_there IS NULL OR coalesce(b.open, false) <> coalesce(s.under_way, false)
 FROM kept b FULL JOIN sent s USING (item_id, period_start, hour_start)
 JOIN mine USING (item_id, period_start)
-WHERE b.closed IS DISTINCT FROM b.total
-   OR (mine.aggregation <> 'last' AND coalesce(b.pushed, 0) <> coalesce(s.amount, 0))
+WHERE b.is_there IS NULL OR b.closed IS DISTINCT FROM b.total OR b.open <> coalesce(s.under_way, false)
+   OR (NOT mine.is_last AND b.pushed <> coalesce(s.amount, 0))
 ORDER BY item_id, period_start, hour_start
 """
 
-#: A delta and its meter event are one amount. Neither may be without the other, once it was read.
+#: A delta and its meter event are one amount, and neither may be without the other once it was read. What a
+#: `last` bucket has pushed is its newest delta.
 _UNEQUAL: LiteralString = """
-SELECT DISTINCT e.item_id, e.period_start, e.hour_start
+SELECT e.item_id, e.period_start, e.hour_start
 FROM reconciling r JOIN meter_events e USING (item_id, period_start)
 LEFT JOIN deltas d ON d.identifier = coalesce(e.replaces, e.identifier)
 WHERE r.place BETWEEN %(first)s AND %(last)s AND d.amount IS DISTINCT FROM e.amount
+UNION
+SELECT b.item_id, b.period_start, b.hour_start
+FROM reconciling r JOIN meters m USING (tenant_id, meter) JOIN buckets b USING (item_id, period_start)
+WHERE r.place BETWEEN %(first)s AND %(last)s AND m.aggregation = 'last'
+  AND b.pushed <> coalesce((
+      SELECT d.amount FROM deltas d
+      WHERE (d.item_id, d.hour_start, d.period_start) = (b.item_id, b.hour_start, b.period_start)
+      ORDER BY d.sequence DESC LIMIT 1), 0)
 """
 
 _JOURNAL: LiteralString = """
@@ -190,7 +203,8 @@ GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 #: Of `last` meters: the newest hour, and the newest value that Stripe took.
 _NEWEST: LiteralString = """
 SELECT DISTINCT ON (r.item_id, r.period_start) r.item_id, r.period_start, b.hour_start, b.total,
-       coalesce(b.closed, 0), b.pushed, b.closed IS DISTINCT FROM b.total
+       coalesce(b.closed, 0), b.pushed,
+       b.closed IS DISTINCT FROM b.total AND (coalesce(r.dirty_from <= b.hour_start, false) OR b.open)
 FROM reconciling r JOIN meters m USING (tenant_id, meter) JOIN buckets b USING (item_id, period_start)
 WHERE r.place BETWEEN %(first)s AND %(last)s AND m.aggregation = 'last'
 ORDER BY r.item_id, r.period_start, b.hour_start DESC
@@ -227,9 +241,11 @@ def read_subjects(db: Connection, first: int, last: int, *, now: datetime, grace
     final = {(customer, utc(end)) for customer, end in limits}
     hours_of: defaultdict[Place, list[Hour]] = defaultdict(list)
     for row in hours:
-        hours_of[row[0], row[1]].append(Hour(utc(row[2]), row[3], row[4], row[5], row[6], row[7]))
+        hours_of[row[0], row[1]].append(Hour(utc(row[2]), row[3], row[4], row[5], row[6], row[7], row[8]))
     journals, accounts = _journals(journal, failed)
-    newest_of = {(row[0], row[1]): Hour(utc(row[2]), row[3], row[4], row[5], ZERO, row[6]) for row in newest}
+    newest_of = {
+        (row[0], row[1]): Hour(utc(row[2]), row[3], row[4], row[5], ZERO, row[6], False) for row in newest
+    }
     taken = {(row[0], row[1]): row[2] for row in newest_reported}
     subjects: dict[tuple[Any, ...], Subject] = {}
     for row in books:
