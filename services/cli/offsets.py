@@ -16,8 +16,6 @@ import typer
 from confluent_kafka.admin import AdminClient
 
 from services.cli.common import ATTENTION, JsonFlag, database, operator, sentences, show_table
-from services.counters.ledger import GROUP as COUNTERS_GROUP
-from services.pusher.agent import GROUP as PUSHER_GROUP
 from services.streaming import groups
 from services.streaming.chunks import Partition
 from services.streaming.lag import first_records
@@ -37,8 +35,10 @@ from services.streaming.resetting import (
     plan,
     shown,
 )
-from services.upkeep.notices import GROUP as NOTIFIER_GROUP
 from services.wire.errors import Misconfigured
+from services.wire.groups import COUNTERS as COUNTERS_GROUP
+from services.wire.groups import NOTIFIER as NOTIFIER_GROUP
+from services.wire.groups import PUSHER as PUSHER_GROUP
 from services.wire.ops import DISPATCHER
 from services.wire.settings import load_settings
 from services.wire.times import micros, moment

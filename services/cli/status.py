@@ -13,13 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.common import ATTENTION, JsonFlag, database, sentences
-from services.counters.conservation import conservation, outcomes_by_meter
-from services.counters.ledger import GROUP as COUNTERS
-from services.counters.prepare import OUTCOMES
-from services.pusher.agent import GROUP as PUSHER
 from services.streaming.lag import behind, log_ends, topic_partitions
 from services.streaming.offsets import read_positions
 from services.wire.decimals import plain
+from services.wire.groups import COUNTERS, PUSHER
 from services.wire.settings import Settings, load_settings
 from services.wire.topics import DELTAS, USAGE_VERSIONS
 
@@ -33,6 +30,9 @@ def collect(settings: Settings) -> dict[str, Any]:
         Transient: Kafka does not answer.
         psycopg.OperationalError: PostgreSQL does not answer.
     """
+    # Not above: what these import takes longer than most commands do, and all of them import this module.
+    from services.counters.conservation import conservation, outcomes_by_meter
+
     admin = AdminClient({"bootstrap.servers": settings.kafka(), "log_level": 0})
     groups = {COUNTERS: tuple(USAGE_VERSIONS), PUSHER: (DELTAS,)}
     ends = {group: log_ends(admin, topic_partitions(admin, topics)) for group, topics in groups.items()}
@@ -200,6 +200,8 @@ def _table(*columns: str, title: str) -> Table:
 
 
 def _print(document: dict[str, Any]) -> None:
+    from services.counters.prepare import OUTCOMES
+
     console = Console()
     lag = ", ".join(f"{group} {records}" for group, records in document["lag"].items())
     console.print(

@@ -8,8 +8,8 @@ from typing import Any
 
 import psycopg
 
-from services.counters.ledger import GROUP
 from services.counters.prepare import OUTCOMES
+from services.wire.groups import COUNTERS as GROUP
 
 
 @dataclass(frozen=True, slots=True)

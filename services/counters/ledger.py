@@ -43,7 +43,7 @@ from services.streaming.faults import fault_point
 from services.streaming.outbox import enqueue
 from services.streaming.parking import park
 from services.streaming.worker import Applied
-from services.wire import metrics
+from services.wire import groups, metrics
 from services.wire.errors import OffsetGap, Transient, require
 from services.wire.periods import HOUR_US
 from services.wire.pgarrays import int8_array, register, uuid_array
@@ -51,7 +51,7 @@ from services.wire.records import OutboxRow, ops_event
 from services.wire.topics import USAGE_VERSIONS
 from upcasters.chain import revision
 
-GROUP = "tidemeter-counters"
+GROUP = groups.COUNTERS
 
 Connection = psycopg.Connection[Any]
 

@@ -15,7 +15,7 @@ from schemas.catalog import Schema, current, released
 from services.counters.config import Configuration, Meter
 from services.streaming.chunks import Chunk, RawRecord
 from services.streaming.parking import Kind, ParkedRow
-from services.wire import topics
+from services.wire import groups, topics
 from services.wire.codec import SCHEMA_HEADER, Decoder, Record
 from services.wire.errors import Invalid, Undecodable, UnknownSchema
 from services.wire.periods import Calendar
@@ -38,7 +38,7 @@ from services.wire.usage import (
 from upcasters.chain import InvalidAfterUpcast, MissingUpcaster, UpcasterFailed, Upcasters
 from upcasters.values import Rejected
 
-SERVICE = "tidemeter-counters"
+SERVICE = groups.COUNTERS
 DAY_US = 86_400_000_000
 _QUANTITY_LIMIT = QUANTITY_MAX * QUANTITY_UNIT
 

@@ -16,6 +16,7 @@ CONNECTIONS = {
     "dispatcher": 6,
     "upkeep": 8,
     "replayer": 3,
+    "reconciler": 3,
     "archive": 3,
 }
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from services.wire import groups
 from services.wire.records import OutboxRow, ops_event
 from services.wire.times import micros
 
-PRODUCER = "tidemeter-pusher"
+PRODUCER = groups.PUSHER
 
 OUTBOX_INSERT = """
     INSERT INTO outbox (producer, topic, key, value, headers)

@@ -10,13 +10,14 @@ from services.streaming import offsets
 from services.streaming.chunks import RawRecord
 from services.streaming.recording import Found, Recorder
 from services.upkeep.mails import Notice
+from services.wire import groups
 from services.wire.codec import Decoder
 from services.wire.errors import Undecodable, UnknownSchema
 from services.wire.ops import NAME_HEADER
 from services.wire.times import instant
 from upcasters.chain import InvalidAfterUpcast, MissingUpcaster, UpcasterFailed, Upcasters
 
-GROUP = "tidemeter-notifier"
+GROUP = groups.NOTIFIER
 
 _INSERT = """
     INSERT INTO notifications

@@ -97,3 +97,21 @@ def event(key: str, quantity: Any = 1, **more: Any) -> dict[str, Any]:
         "meta": {"note": PLANTED_PROPERTY},
         **more,
     }
+
+
+def simulate(stack: Stack, path: str, body: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{stack.stripe_base}/_simulator/{path}", json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def deliver_webhooks(stack: Stack) -> None:
+    """Have the simulator send what is due, until every event that it has sent is handled."""
+
+    def handled(now: dict[str, Any]) -> bool:
+        simulate(stack, "deliveries", {})
+        waiting = now["webhooks"]
+        return not (waiting["received"] or waiting["processing"])
+
+    wait_for(stack, "every webhook handled", handled)

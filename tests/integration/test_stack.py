@@ -19,8 +19,10 @@ from tests.integration.running import (
     PLANTED_CUSTOMER,
     PLANTED_PROPERTY,
     TIDEMETER,
+    deliver_webhooks,
     event,
     post,
+    simulate,
     status,
     tidemeter,
     wait_for,
@@ -99,24 +101,6 @@ def test_everything_listens_on_loopback_only(stack: Stack) -> None:
             if found.status == psutil.CONN_LISTEN
         }
         assert listening == {("127.0.0.1", stack.member(name).port)}
-
-
-def simulate(stack: Stack, path: str, body: Any) -> dict[str, Any]:
-    answer = httpx.post(f"{stack.stripe_base}/_simulator/{path}", json=body, timeout=30)
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-def deliver_webhooks(stack: Stack) -> None:
-    """Have the simulator send what is due, until every event that it has sent is handled."""
-
-    def handled(now: dict[str, Any]) -> bool:
-        simulate(stack, "deliveries", {})
-        waiting = now["webhooks"]
-        return not (waiting["received"] or waiting["processing"])
-
-    wait_for(stack, "every webhook handled", handled)
 
 
 def test_what_stripe_tells_becomes_state_and_ops_events(stack: Stack, api_key: str) -> None:

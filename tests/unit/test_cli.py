@@ -65,6 +65,14 @@ def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
     assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
 
 
+def test_a_command_starts_without_what_only_processes_need() -> None:
+    """Each of these takes longer to import than most commands take to work."""
+    heavy = "{'faust', 'stripe', 'aiohttp', 'litestar', 'pyarrow'}"
+    program = f"import sys, services.cli.main; print(*sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_shows_an_example_of_itself(words: tuple[str, ...]) -> None:
     result = tidemeter(*words, "--help")

@@ -328,6 +328,23 @@ def test_every_command_that_is_printed_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_command_in_the_text_has_the_options_that_it_is_printed_with(path: Path) -> None:
+    """Blocks of the runbook are run by a test of their own; what stands in a sentence or a table is not."""
+    wrong = []
+    for words in re.findall(r"`tidemeter ([^`\n|]+)`", path.read_text(encoding="utf-8")):
+        command: Any = typer.main.get_command(app)
+        rest = words.split()
+        while rest and rest[0] in getattr(command, "commands", {}):
+            command = command.commands[rest.pop(0)]
+        options = {
+            one for parameter in command.params for one in (*parameter.opts, *parameter.secondary_opts)
+        }
+        given = {word.partition("=")[0] for word in rest if word.startswith("--")}
+        wrong += [f"{words}: {one}" for one in given - options - {"--help"}]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_shell_block_is_shell(path: Path) -> None:
     blocks = shell_blocks(path.read_text())
     checked = subprocess.run(["bash", "-n"], input=blocks, text=True, capture_output=True, check=False)
