@@ -55,12 +55,8 @@ def own_topics(servers: Servers, *, partitions: int, outputs: bool = True) -> It
     """
     name = f"tidemeter-bench-{secrets.token_hex(4)}"
     usage = f"{name}-usage"
-    settings = load_settings()
-    plans = topics.plan_topics(
-        partitions=partitions,
-        replication=settings.topic_replication,
-        min_insync_replicas=settings.min_insync_replicas,
-        usage_retention_days=-1,
+    plans = topics.plan_for(
+        load_settings(kafka_bootstrap=servers.bootstrap, topic_partitions=partitions, usage_retention_days=-1)
     )
     names = topic_names(usage) if outputs else {topics.USAGE_CURRENT: usage}
     try:

@@ -158,24 +158,21 @@ def migrate(as_json: JsonFlag = False) -> None:
     Example: tidemeter migrate
     """
     from services.wire.migrations import apply_migrations
-    from services.wire.topics import create_topics, plan_topics
+    from services.wire.topics import create_topics, plan_for
 
     with sentences():
         settings = load_settings()
-        created = create_topics(
-            settings.kafka(),
-            plan_topics(
-                partitions=settings.topic_partitions,
-                replication=settings.topic_replication,
-                min_insync_replicas=settings.min_insync_replicas,
-                usage_retention_days=settings.usage_retention_days,
-            ),
-        )
+        configure_logging(settings.log_level, settings.log_format, service="migrate")
+        plans = plan_for(settings)
+        created = create_topics(settings.kafka(), plans)
         applied = apply_migrations(settings.postgres())
     if as_json:
         typer.echo(json.dumps({"topics_created": created, "migrations_applied": applied}))
     else:
         typer.echo(f"{len(created)} topics created, {applied} migrations applied")
+    if created:
+        plan = plans[0]
+        typer.echo(f"replicas: {plan.replication}; to confirm a write: {plan.min_insync_replicas}", err=True)
 
 
 def up(

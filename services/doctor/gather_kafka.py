@@ -16,7 +16,7 @@ from confluent_kafka.cimpl import TopicPartition
 from services.doctor.facts import Clock, Topic, Topics
 from services.wire.errors import Transient
 from services.wire.settings import Settings
-from services.wire.topics import USAGE_VERSIONS, plan_topics
+from services.wire.topics import USAGE_VERSIONS, plan_for
 
 TIMEOUT_SECONDS = 10.0
 
@@ -36,17 +36,13 @@ def gather_topics(admin: AdminClient, settings: Settings) -> Topics:
 
     Raises:
         Transient: the brokers do not answer.
+        Misconfigured: more replicas shall confirm a write than there shall be.
     """
-    plans = plan_topics(
-        partitions=settings.topic_partitions,
-        replication=settings.topic_replication,
-        min_insync_replicas=settings.min_insync_replicas,
-        usage_retention_days=settings.usage_retention_days,
-    )
     try:
         cluster = admin.list_topics(timeout=TIMEOUT_SECONDS)
     except KafkaException as error:
         raise Transient("Kafka does not answer") from error
+    plans = plan_for(settings, len(cluster.brokers))
     there = {plan.name: cluster.topics[plan.name] for plan in plans if plan.name in cluster.topics}
     configs = _configs(admin, ResourceType.TOPIC, list(there))
     found = {

@@ -1,8 +1,9 @@
-"""One real Kafka node, broker and controller in one JVM, on loopback.
+"""One real Kafka node, broker and controller in one JVM, on loopback; alone, or one of a cluster.
 
 Promises: the same addresses and the same data at every start; nobody but this machine can connect; ready
 means that a client got its metadata; `kill()` loses nothing that was acknowledged (the page cache outlives
 the JVM). It does not promise to survive a power cut: one replica, and Kafka does not fsync each record.
+A node of a cluster is ready once enough others are up for it to serve: start them at the same time.
 
 The JVM's flags, measured on two cores (Java 17 and 25): the serial collector serves as many records as G1,
 with a quarter less memory. Both compilers stay: with the quick one alone a start is shorter by 0.6 s, but
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ ARCHIVE_TIMEOUT_S = 60.0
 EXIT_SIGTERM = 143  # how a JVM ends when asked to
 
 SERVER_PROPERTIES = """\
-process.roles=broker,controller
+process.roles={roles}
 node.id={node_id}
-controller.quorum.voters={node_id}@{host}:{controller_port}
-listeners=CLIENT://{host}:{port},CONTROLLER://{host}:{controller_port}
+controller.quorum.voters={voters}
+listeners={listeners}
 advertised.listeners=CLIENT://{host}:{port}
 listener.security.protocol.map=CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=CLIENT
@@ -54,14 +55,15 @@ group.min.session.timeout.ms=1000
 broker.heartbeat.interval.ms=500
 broker.session.timeout.ms=3000
 
-default.replication.factor=1
-offsets.topic.replication.factor=1
+default.replication.factor={replicas}
+min.insync.replicas={in_sync}
+offsets.topic.replication.factor={replicas}
 offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
+transaction.state.log.replication.factor={replicas}
+transaction.state.log.min.isr={in_sync}
 transaction.state.log.num.partitions=4
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.replication.factor={replicas}
+share.coordinator.state.topic.min.isr={in_sync}
 share.coordinator.state.topic.num.partitions=1
 
 num.network.threads=2
@@ -89,6 +91,20 @@ rootLogger.appenderRef.file.ref = file
 
 
 @dataclass(frozen=True, slots=True)
+class Membership:
+    """A node's place in a cluster of ``size`` brokers, 3 or more. Internal topics then have three replicas.
+
+    ``controllers`` are the ports of those nodes that are controllers, too, by their ids; ``cluster_id`` is
+    the same for all.
+    """
+
+    node_id: int
+    size: int
+    controllers: Mapping[int, int]
+    cluster_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Archiving:
     """The making of a class archive: what to run, from which list, into which draft of which file."""
 
@@ -103,8 +119,9 @@ class EmbeddedKafka(EmbeddedServer):
 
     `directory` holds its data, ports, cluster id and logs. `port` and `controller_port` are chosen and
     remembered if None. `heap_mb` is the JVM's maximum heap in mebibytes; `jvm_flags` come after our own.
-    `archive_classes` says whether the first orderly stop makes the class archive if there is none: it takes
-    some seconds, so None means only if somebody sits at a terminal.
+    `membership` makes it one node of a cluster. `archive_classes` says whether the first orderly stop makes
+    the class archive if there is none: it takes some seconds, so None means only if somebody sits at a
+    terminal.
     """
 
     title = "Kafka"
@@ -122,8 +139,10 @@ class EmbeddedKafka(EmbeddedServer):
         heap_mb: int = HEAP_MB,
         jvm_flags: Sequence[str] = (),
         archive_classes: bool | None = None,
+        membership: Membership | None = None,
     ) -> None:
         super().__init__(directory)
+        self.membership = membership
         self.heap_mb = heap_mb
         self.jvm_flags = tuple(jvm_flags)
         self._given_port = port
@@ -141,6 +160,11 @@ class EmbeddedKafka(EmbeddedServer):
         return f"{LOOPBACK}:{self._port}"
 
     @property
+    def node_id(self) -> int:
+        """What it is called in its cluster."""
+        return self.membership.node_id if self.membership else NODE_ID
+
+    @property
     def logs(self) -> list[Path]:
         """The server's own log (warnings and worse), and what the JVM printed."""
         return [self.directory / "server.log", self.directory / "kafka.out"]
@@ -154,18 +178,8 @@ class EmbeddedKafka(EmbeddedServer):
         java, jars = find_java(), kafka_jars()
         self._served = False
         self._port = processes.choose_port(self._given_port, self.directory / "port")
-        controller_port = processes.choose_port(
-            self._given_controller_port, self.directory / "controller_port", taken=[self._port]
-        )
         properties = self.directory / "server.properties"
-        text = SERVER_PROPERTIES.format(
-            node_id=NODE_ID,
-            host=LOOPBACK,
-            port=self._port,
-            controller_port=controller_port,
-            log_dir=_in_properties(self.directory / "data"),
-        )
-        processes.write_text(properties, text)
+        processes.write_text(properties, self._properties(self._port))
         log4j = self.directory / "log4j2.properties"
         processes.write_text(
             log4j, LOG4J2_PROPERTIES.format(log=_in_properties(self.directory / "server.log"))
@@ -176,13 +190,40 @@ class EmbeddedKafka(EmbeddedServer):
         flags = [*self._archive_flags(java, jars), *self.jvm_flags]
         return self._launch("kafka", [command[0], *flags, *command[1:], "kafka.Kafka", str(properties)])
 
+    def _properties(self, port: int) -> str:
+        if (member := self.membership) is None:
+            controllers, size = {NODE_ID: self._controller_port(port)}, 1
+        else:
+            controllers, size = dict(member.controllers), member.size
+        own = controllers.get(self.node_id)
+        listeners = [f"CLIENT://{LOOPBACK}:{port}"]
+        if own is not None:
+            listeners.append(f"CONTROLLER://{LOOPBACK}:{own}")
+        return SERVER_PROPERTIES.format(
+            roles="broker" if own is None else "broker,controller",
+            node_id=self.node_id,
+            voters=",".join(f"{node}@{LOOPBACK}:{at}" for node, at in controllers.items()),
+            listeners=",".join(listeners),
+            host=LOOPBACK,
+            port=port,
+            log_dir=_in_properties(self.directory / "data"),
+            replicas=min(3, size),
+            in_sync=2 if size >= 3 else 1,
+        )
+
+    def _controller_port(self, port: int) -> int:
+        return processes.choose_port(
+            self._given_controller_port, self.directory / "controller_port", taken=[port]
+        )
+
     def _format(self, tool: list[str], properties: Path) -> None:
         """Prepare the data directory, once; the cluster id is ours and kept beside it."""
         if (self.directory / "data" / "meta.properties").is_file():
             return
         identity = self.directory / "cluster_id"
         if not identity.is_file():
-            processes.write_text(identity, _new_cluster_id() + "\n")
+            cluster_id = self.membership.cluster_id if self.membership else new_cluster_id()
+            processes.write_text(identity, cluster_id + "\n")
         arguments = ["format", "--ignore-formatted", "--cluster-id", identity.read_text().strip()]
         arguments += ["--config", str(properties)]
         launch = self._launch("format", [*tool, *arguments])
@@ -245,7 +286,7 @@ class EmbeddedKafka(EmbeddedServer):
             brokers = client.list_topics(timeout=METADATA_TIMEOUT_S).brokers
         except KafkaException:
             return False
-        return NODE_ID in brokers
+        return self.node_id in brokers
 
 
 def _ignore(_: object) -> None:
@@ -261,7 +302,7 @@ def _in_properties(path: Path) -> str:
     return "".join(chr(code) if 0x20 < code < 0x7F else f"\\u{code:04x}" for code in codes)
 
 
-def _new_cluster_id() -> str:
+def new_cluster_id() -> str:
     """A random id in Kafka's notation, never with a leading dash, which its tools take for an option."""
     while (text := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
         continue

@@ -31,7 +31,7 @@ from services.embedded.webhooks import register_webhooks
 from services.streaming.observe import NO_PARTITIONS
 from services.wire.migrations import apply_migrations
 from services.wire.settings import PREFIX, RUNTIME_FILE, Settings
-from services.wire.topics import create_topics, plan_topics
+from services.wire.topics import create_topics, plan_for
 
 log = structlog.get_logger(__name__)
 
@@ -107,16 +107,8 @@ class Stack:
         self.postgres_dsn = given_postgres.get_secret_value() if given_postgres else self.runtime.postgres_dsn
 
     def _prepare(self, say: Callable[[str], None]) -> None:
-        settings = self.settings
-        created = create_topics(
-            self.kafka_bootstrap,
-            plan_topics(
-                partitions=settings.topic_partitions,
-                replication=settings.topic_replication,
-                min_insync_replicas=settings.min_insync_replicas,
-                usage_retention_days=settings.usage_retention_days,
-            ),
-        )
+        settings = self.settings.model_copy(update={"kafka_bootstrap": self.kafka_bootstrap})
+        created = create_topics(self.kafka_bootstrap, plan_for(settings))
         applied = apply_migrations(self.postgres_dsn)
         say(f"{len(created)} topics created, {applied} migrations applied")
 

@@ -94,8 +94,15 @@ class Settings(BaseSettings):
     topic_partitions: int = Field(
         4, ge=1, le=1024, description="Partitions of each topic when it is created."
     )
-    topic_replication: int = Field(1, ge=1, le=9, description="Replicas of each topic when it is created.")
-    min_insync_replicas: int = Field(1, ge=1, le=9, description="Replicas that must confirm a write.")
+    topic_replication: int | None = Field(
+        None,
+        ge=1,
+        le=9,
+        description="Replicas of each topic when it is created; unset for one on each broker, at most 3.",
+    )
+    min_insync_replicas: int | None = Field(
+        None, ge=1, le=9, description="Replicas that must confirm a write; unset for all but one."
+    )
     usage_retention_days: int = Field(
         90, ge=-1, description="How long usage topics keep records; -1 for ever."
     )

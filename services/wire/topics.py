@@ -17,6 +17,7 @@ from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewTopic
 
 from services.wire.errors import Misconfigured, Transient
+from services.wire.settings import Settings
 
 #: Topic of each usage_event version. Readers take all of them; writers use the current one.
 USAGE_TOPICS: dict[int, str] = {1: "usage.v1", 2: "usage.v2", 3: "usage.v3"}
@@ -32,6 +33,8 @@ ADJUSTMENTS = "adjustments.v1"
 OPS = "ops.v1"
 
 DAY_MS = 86_400_000
+#: One may be away, and another be lost meanwhile.
+REPLICAS_WANTED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,38 @@ def plan_topics(
         topic(ADJUSTMENTS, -1),
         topic(OPS, 90),
     ]
+
+
+def plan_for(settings: Settings, brokers: int | None = None) -> list[TopicPlan]:
+    """All topics as ``settings`` say; where they do not, as safe as the brokers that there are can keep them.
+
+    Without ``brokers``, how many they are, they are asked.
+
+    Raises:
+        Transient: the brokers do not answer.
+        Misconfigured: no brokers are named, or more replicas must confirm a write than there are.
+    """
+    replication = settings.topic_replication or min(
+        REPLICAS_WANTED, _brokers(settings.kafka()) if brokers is None else brokers
+    )
+    in_sync = settings.min_insync_replicas or max(1, replication - 1)
+    if in_sync > replication:
+        raise Misconfigured(
+            f"TIDEMETER_MIN_INSYNC_REPLICAS={in_sync} of {replication} replicas: nothing could be written"
+        )
+    return plan_topics(
+        partitions=settings.topic_partitions,
+        replication=replication,
+        min_insync_replicas=in_sync,
+        usage_retention_days=settings.usage_retention_days,
+    )
+
+
+def _brokers(bootstrap: str) -> int:
+    try:
+        return len(AdminClient({"bootstrap.servers": bootstrap}).list_topics(timeout=10.0).brokers)
+    except KafkaException as error:
+        raise Transient(f"Kafka at {bootstrap} does not answer") from error
 
 
 def create_topics(bootstrap: str, plans: Iterable[TopicPlan], *, timeout_s: float = 30.0) -> list[str]:

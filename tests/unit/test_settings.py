@@ -42,6 +42,8 @@ def test_everything_has_a_default_but_the_addresses_and_the_key() -> None:
         "kafka_bootstrap",
         "postgres_dsn",
         "schema_registry_url",
+        "topic_replication",
+        "min_insync_replicas",
         "archive_url",
         "stripe_api_key",
         "stripe_stream_base",
