@@ -17,7 +17,7 @@ import contextlib
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -420,8 +420,8 @@ class Sender:
             answers = [Answer(Meaning.UNKNOWN, type(error).__name__)] * len(batch)
         fault_point("pusher.answered")
         metrics.STRIPE_SECONDS.observe(time.perf_counter() - started)
-        for answer in answers:
-            metrics.METER_EVENTS.labels(answer.meaning).inc()
+        for meaning, number in Counter(answer.meaning for answer in answers).items():
+            metrics.METER_EVENTS.labels(meaning).inc(number)
         for answer in set(answers):
             metrics.STRIPE_CALLS.labels(answer.meaning).inc()
             self._brake.note(answer.meaning, now=time.monotonic(), chance=self._chance())

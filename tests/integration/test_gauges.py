@@ -15,11 +15,12 @@ from prometheus_client import REGISTRY
 
 from services.counters.watermarks import observe_watermarks
 from services.pusher import delivery
-from services.pusher.intents import Policy
+from services.pusher.intents import Meaning, Policy
 from services.pusher.sender import Sender, SenderConfig
 from services.streaming import outbox, redriving
 from services.streaming.database import Database
 from services.wire.records import OutboxRow
+from tests.integration.pushing import World, delta, settled, until
 
 HOUR = timedelta(hours=1)
 POLICY = Policy()
@@ -171,6 +172,21 @@ def test_the_pusher_sets_ages_and_the_deadline(db: psycopg.Connection[Any], post
 class _Sink:
     batch_max = 1
     takes = None
+
+
+def test_meter_events_are_counted_by_what_their_answer_meant(world: World) -> None:
+    """Every result has its series before anything was sent."""
+    name = "tidemeter_meter_events_total"
+
+    async def send() -> None:
+        async with world.sending():
+            assert [gauge(name, result=meaning) for meaning in Meaning].count(None) == 0
+            await until(lambda: settled(world))
+
+    before = gauge(name, result="delivered") or 0
+    world.close(*(delta(f"cus_{number}", "1") for number in range(1, 8)))
+    asyncio.run(send())
+    assert gauge(name, result="delivered") == before + 7
 
 
 def test_counting_intents_never_reads_the_whole_journal(db: psycopg.Connection[Any]) -> None:
