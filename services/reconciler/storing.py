@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, LiteralString
@@ -42,11 +43,13 @@ ON CONFLICT (tenant_id, customer_ref, meter, period_start) DO UPDATE SET
     since = CASE WHEN r.state = excluded.state THEN r.since ELSE excluded.since END
 """
 
-#: The newest one: earlier ones are closed.
+#: The newest of each: earlier ones are closed.
 _NEWEST: LiteralString = """
-SELECT suggestion_id, state, kind, amount FROM reconciliation_suggestions
-WHERE (tenant_id, customer_ref, meter, period_start) = (%(tenant)s, %(customer)s, %(meter)s, %(start)s)
-ORDER BY suggestion_id DESC LIMIT 1 FOR UPDATE
+SELECT DISTINCT ON (u.n) u.n, s.suggestion_id, s.state, s.kind, s.amount
+FROM unnest(%s::text[], %s::text[], %s::text[], %s::timestamptz[]) WITH ORDINALITY AS u (t, c, m, p, n)
+JOIN reconciliation_suggestions s
+  ON (s.tenant_id, s.customer_ref, s.meter, s.period_start) = (u.t, u.c, u.m, u.p)
+ORDER BY u.n, s.suggestion_id DESC
 """
 _SUGGEST: LiteralString = """
 INSERT INTO reconciliation_suggestions
@@ -56,11 +59,11 @@ ON CONFLICT DO NOTHING RETURNING suggestion_id
 """
 _CHANGE: LiteralString = """
 UPDATE reconciliation_suggestions SET kind = %(kind)s, amount = %(amount)s, updated_at = %(now)s
-WHERE suggestion_id = %(id)s AND (kind, amount) IS DISTINCT FROM (%(kind)s, %(amount)s)
+WHERE suggestion_id = %(id)s AND state = 'open' AND (kind, amount) IS DISTINCT FROM (%(kind)s, %(amount)s)
 """
 _RESOLVE: LiteralString = """
 UPDATE reconciliation_suggestions SET state = 'resolved', closed_at = %(now)s, closed_by = 'reconciler'
-WHERE suggestion_id = %(id)s
+WHERE suggestion_id = %(id)s AND state = 'open'
 """
 #: What was not found again, though everything of its kind was looked at, is not there any more.
 _FORGET: LiteralString = """
@@ -84,17 +87,41 @@ def item_label(tenant_id: str, customer_ref: str, meter: str) -> str:
 
 
 def store(db: Connection, found: Iterable[tuple[Subject, Verdict]], now: datetime) -> None:
-    """Keep a batch in one transaction, with the suggestions and ops events that follow from it."""
-    rows = sorted(
-        (_values(subject, verdict, now) for subject, verdict in found),
-        key=lambda row: (row["tenant"], row["customer"], row["meter"], row["start"]),
-    )
+    """Keep a batch in one transaction, with the suggestions and ops events that follow from it.
+
+    Whoever writes the finding of a period holds its row, so two runs at once do not suggest twice.
+    """
+    rows = sorted((_values(subject, verdict, now) for subject, verdict in found), key=_name)
+    if not rows:
+        return
     with db.transaction():
-        if rows:
-            db.cursor().executemany(_KEPT, rows)
-        events = [event for row in rows for event in _suggest(db, row)]
+        db.cursor().executemany(_KEPT, rows)
+        newest = _newest_suggestions(db, rows)
+        events = [event for row in rows for event in _suggest(db, row, newest.get(_name(row)))]
         if events:
             outbox.enqueue(db, PRODUCER, events)
+
+
+def _name(row: dict[str, Any]) -> tuple[str, str, str, datetime]:
+    return row["tenant"], row["customer"], row["meter"], row["start"]
+
+
+@dataclass(frozen=True, slots=True)
+class Suggested:
+    """A suggestion as it is stored."""
+
+    suggestion_id: int
+    state: str
+    kind: str
+    amount: Decimal
+
+
+def _newest_suggestions(
+    db: Connection, rows: Sequence[dict[str, Any]]
+) -> dict[tuple[str, str, str, datetime], Suggested]:
+    columns = [[row[column] for row in rows] for column in ("tenant", "customer", "meter", "start")]
+    found = db.execute(_NEWEST, columns).fetchall()
+    return {_name(rows[number - 1]): Suggested(*rest) for number, *rest in found}
 
 
 def forget(db: Connection, asked: Asked, began: datetime) -> None:
@@ -147,16 +174,19 @@ def _documents(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def _suggest(db: Connection, row: dict[str, Any]) -> list[OutboxRow]:
+def _suggest(db: Connection, row: dict[str, Any], newest: Suggested | None) -> list[OutboxRow]:
     """Open, change or resolve the suggestion of a period; what is unknown changes nothing."""
     if row["state"] == "unknown":
         return []
-    newest = db.execute(_NEWEST, row).fetchone()
-    if newest is not None and newest[1] == "open":
-        return _follow(db, row, newest[0], newest[2])
+    if newest is not None and newest.state == "open":
+        return _follow(db, row, newest)
     if row["state"] == "ok":
         return []
-    if newest is not None and newest[1:] == ("dismissed", row["kind"], row["amount"]):
+    if newest is not None and (newest.state, newest.kind, newest.amount) == (
+        "dismissed",
+        row["kind"],
+        row["amount"],
+    ):
         return []
     opened = db.execute(_SUGGEST, row).fetchone()
     if opened is None or row["kind"] != "replay":
@@ -164,14 +194,16 @@ def _suggest(db: Connection, row: dict[str, Any]) -> list[OutboxRow]:
     return [_event("reconciliation_drift", row, opened[0])]
 
 
-def _follow(db: Connection, row: dict[str, Any], suggestion_id: int, kind: str) -> list[OutboxRow]:
+def _follow(db: Connection, row: dict[str, Any], was: Suggested) -> list[OutboxRow]:
     """What becomes of an open suggestion."""
+    values = {**row, "id": was.suggestion_id}
     if row["state"] == "ok":
-        db.execute(_RESOLVE, {"id": suggestion_id, "now": row["now"]})
-        return [_event("reconciliation_resolved", row, suggestion_id)] if kind == "replay" else []
-    db.execute(_CHANGE, {**row, "id": suggestion_id})
-    became_drift = kind != "replay" and row["kind"] == "replay"
-    return [_event("reconciliation_drift", row, suggestion_id)] if became_drift else []
+        resolved = db.execute(_RESOLVE, values).rowcount
+        told = resolved and was.kind == "replay"
+        return [_event("reconciliation_resolved", row, was.suggestion_id)] if told else []
+    changed = db.execute(_CHANGE, values).rowcount
+    became_drift = changed and was.kind != "replay" and row["kind"] == "replay"
+    return [_event("reconciliation_drift", row, was.suggestion_id)] if became_drift else []
 
 
 def _event(name: str, row: dict[str, Any], suggestion_id: int) -> OutboxRow:
