@@ -25,6 +25,7 @@ from services.cli.common import (
     show_table,
 )
 from services.streaming import reconciliation
+from services.streaming.parking import audit
 from services.streaming.reconciliation import (
     Asked,
     ReconcileRequest,
@@ -125,6 +126,35 @@ def dismiss(
     if changed is None:
         raise fail(f"there is no suggestion {suggestion}", MISUSED)
     typer.echo("dismissed" if changed else "it was closed already")
+
+
+@reconciliation_app.command("confirm-missing")
+def confirm_missing(
+    identifiers: Annotated[list[str], typer.Argument(help="Meter events that Stripe took and lacks.")],
+) -> None:
+    """Fail meter events that Stripe took and does not have, once Stripe has confirmed it to you.
+
+    Stripe is asked again first: only what it still lacks, and what alone explains its hour, is failed. Then
+    send the usage again with `tidemeter meter-events retry ID...`: it leaves under a new identifier. A
+    summary that is only late would bill it twice, so be sure.
+
+    Example: tidemeter reconciliation confirm-missing 3kzqj5m2r7e4n6c2lq5x3w7yab2ud4fi
+    """
+    from services.pusher.failures import fail_reported
+
+    with sentences():
+        settings = load_settings()
+        with database(settings) as db:
+            for asked in reconciliation.whose(db, identifiers):
+                _reconciled(settings, asked)
+            named = reconciliation.named_missing(db, identifiers)
+            if others := sorted(set(identifiers) - set(named)):
+                raise fail(f"nothing was failed: Stripe does not clearly lack {', '.join(others)}", ATTENTION)
+            with db.transaction():
+                codes = dict.fromkeys(named, reconciliation.NOT_AT_STRIPE)
+                failed = fail_reported(db, codes, source="reconciler", now=datetime.now(UTC))
+                audit(db, operator(), "reconciliation.confirm_missing", ",".join(failed), {})
+    typer.echo(f"{len(failed)} failed; send them again: tidemeter meter-events retry {' '.join(failed)}")
 
 
 def _asked(

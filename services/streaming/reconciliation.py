@@ -357,6 +357,34 @@ def dismiss(
     return True
 
 
+# -- What Stripe lacks -------------------------------------------------------------------------------------
+
+#: Why a push is failed that Stripe took and does not have.
+NOT_AT_STRIPE = "not_at_stripe"
+
+_NAMED: LiteralString = """
+SELECT i FROM unnest(%s::text[]) AS i
+WHERE EXISTS (SELECT FROM reconciliations r, jsonb_array_elements(r.findings) f
+              WHERE r.state IN ('drift', 'adjust') AND f ->> 'cause' = 'missing_at_stripe'
+                AND f -> 'identifiers' ? i)
+"""
+_WHOSE: LiteralString = """
+SELECT DISTINCT e.tenant_id, e.meter, i.customer_ref
+FROM meter_events e JOIN items i USING (item_id) WHERE e.identifier = ANY(%s)
+"""
+
+
+def whose(db: Connection, identifiers: Sequence[str]) -> list[Asked]:
+    """What has to be compared to know of these meter events."""
+    rows = db.execute(_WHOSE, (list(identifiers),)).fetchall()
+    return [Asked(tenant_id, (meter,), customer_ref) for tenant_id, meter, customer_ref in rows]
+
+
+def named_missing(db: Connection, identifiers: Sequence[str]) -> list[str]:
+    """Those of which the newest finding says that Stripe took them and does not show them."""
+    return [row[0] for row in db.execute(_NAMED, (list(identifiers),)).fetchall()]
+
+
 # -- Runs --------------------------------------------------------------------------------------------------
 
 

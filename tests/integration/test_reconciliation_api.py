@@ -12,6 +12,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,27 @@ def test_the_exit_status_says_what_was_found(scene: Scene) -> None:
     assert nothing.returncode == 3
     runs = scene.sql("SELECT state, ok, drift, unknown FROM reconciliation_runs ORDER BY run_id")
     assert runs == [("done", 1, 0, 0), ("done", 0, 1, 0), ("done", 0, 0, 1), ("done", 0, 0, 0)]
+
+
+def test_what_stripe_lost_is_failed_once_and_sent_again_under_another_identifier(scene: Scene) -> None:
+    [[lost]] = scene.sql("SELECT identifier FROM meter_events")
+    early = tidemeter(scene, "reconciliation", "confirm-missing", lost)
+    assert early.returncode == 1 and "does not clearly lack" in early.stderr
+    scene.world._client().v1.billing.meter_event_adjustments.create(
+        {"event_name": "requests", "type": "cancel", "cancel": {"identifier": lost}}
+    )
+    scene.world.advance(timedelta(minutes=1))
+    done = tidemeter(scene, "reconciliation", "confirm-missing", lost)
+    assert done.returncode == 0, done.stderr
+    assert scene.sql("SELECT state, error_code FROM meter_events") == [("failed", "not_at_stripe")]
+    [told] = scene.books.ops("meter_reporting_failed")
+    assert (told["source"], told["subject_id"]) == ("reconciler", lost)
+    assert [one.cause for one in scene.found().findings] == ["push_failed"]
+    assert tidemeter(scene, "meter-events", "retry", lost).returncode == 0
+    scene.bill()
+    assert scene.found().state == "ok"
+    assert scene.world.billed() == 5
+    assert tidemeter(scene, "reconciliation", "confirm-missing", lost).returncode == 1
 
 
 # The process --------------------------------------------------------------------------------------------

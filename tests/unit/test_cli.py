@@ -60,7 +60,13 @@ def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
         *("up", "demo", "apply", "keys create", "send", "status", "adjustments approve", "resume"),
         *("periods changes", "periods carried", "offsets show", "offsets reset"),
         *("replay", "replays list", "replays show", "replays cancel", "rebuild", "replayer"),
-        *("reconcile", "reconciler", "reconciliation show", "reconciliation dismiss"),
+        *(
+            "reconcile",
+            "reconciler",
+            "reconciliation show",
+            "reconciliation dismiss",
+            "reconciliation confirm-missing",
+        ),
     )
     assert {tuple(words.split()) for words in wanted} <= COMMANDS.keys()
 
@@ -145,6 +151,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("reconcile", "no PostgreSQL address"),
         ("reconciliation show", "no PostgreSQL address"),
         ("reconciliation dismiss 1 --note x", "no PostgreSQL address"),
+        ("reconciliation confirm-missing x", "no PostgreSQL address"),
         ("replays list", "no PostgreSQL address"),
         ("replays show 1", "no PostgreSQL address"),
         ("replays cancel 1", "no PostgreSQL address"),
