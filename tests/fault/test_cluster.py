@@ -12,14 +12,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from confluent_kafka.admin import ConfigResource, ResourceType
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+from services.doctor import gather_kafka as doctor
+from services.doctor.judge_kafka import judge_topics
 from services.producer import NotAcknowledged, UsageEvent, UsageProducer
 from services.producer.client import ReceiptState
 from services.wire.settings import load_settings
@@ -324,6 +326,44 @@ def test_with_two_brokers_away_writes_are_refused_and_nothing_is_lost(
     sent.complete(campaign.pipeline)
     assert worker.await_healthy().pid == pid, "the worker did not live through it"
     campaign.prove()
+
+
+def test_the_doctor_finds_what_makes_an_acknowledgement_worth_less(cluster: Cluster) -> None:
+    """As created every topic is safe; then one copy of a topic, one confirmation, and one broker too many."""
+    cluster.await_in_sync()
+    settings = load_settings(kafka_bootstrap=cluster.bootstrap)
+    admin = doctor.connect(settings)
+
+    def found() -> dict[str, str]:
+        return {one.code: one.subject for one in judge_topics(doctor.gather_topics(admin, settings))}
+
+    assert found() == {}
+    one_copy = next(plan for plan in plan_for(settings) if plan.name == "conflicts.v1")
+    try:
+        admin.delete_topics([one_copy.name])[one_copy.name].result()
+        until(lambda: one_copy.name not in admin.list_topics(timeout=10).topics, "the topic is gone")
+        create_topics(cluster.bootstrap, [replace(one_copy, replication=1, min_insync_replicas=1)])
+        for topic, number in (("usage.v1", "1"), ("usage.v2", "3")):
+            set_min_insync(admin, topic, number)
+        expected = {
+            "replication_too_low": "conflicts.v1",
+            "min_insync_too_low": "usage.v1",
+            "min_insync_blocks": "usage.v2",
+        }
+        until(lambda: found() == expected, "the doctor finds all three")
+    finally:
+        for topic in ("usage.v1", "usage.v2"):
+            set_min_insync(admin, topic, "2")
+        admin.delete_topics([one_copy.name])[one_copy.name].result()
+        until(lambda: one_copy.name not in admin.list_topics(timeout=10).topics, "the topic is gone")
+        create_topics(cluster.bootstrap, [one_copy])
+
+
+def set_min_insync(admin: AdminClient, topic: str, number: str) -> None:
+    change = ConfigEntry("min.insync.replicas", number, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[change])
+    for future in admin.incremental_alter_configs([resource]).values():
+        future.result()
 
 
 @pytest.mark.faults

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.cli.status import collect
 from services.embedded.stack import Stack
 from services.wire.settings import load_settings
 
@@ -72,9 +73,11 @@ def status(stack: Stack) -> dict[str, Any]:
 
 
 def wait_for(stack: Stack, what: str, done: Any, seconds: float = 60) -> dict[str, Any]:
+    """What ``tidemeter status --json`` shows once ``done`` says so, asked in this process."""
+    settings = load_settings(kafka_bootstrap=stack.kafka_bootstrap, postgres_dsn=stack.postgres_dsn)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        now = status(stack)
+        now = collect(settings)
         if done(now):
             return now
         time.sleep(0.3)

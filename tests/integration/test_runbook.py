@@ -250,6 +250,10 @@ def declare_the_unknown_meter(on: Trouble) -> None:
     tidemeter(on.stack, "apply", "-f", "-", "--create-in-stripe", given=given)
 
 
+def refuse_charges(on: Trouble) -> None:
+    simulate(on.stack, "faults", [{"fault": "status", "status": 403, "match": {"path": "/v1/charges/*"}}])
+
+
 def halt(topic: str, reason: str) -> Callable[[Trouble], None]:
     return lambda on: (
         on.row(
@@ -269,6 +273,7 @@ BEFORE: dict[str, Callable[[Trouble], object]] = {
     "--since -PT24H --apply": damage_a_counter,
     "offsets reset": lambda on: on.stack.kill("counters-1"),
     "--reason unknown_meter": declare_the_unknown_meter,
+    "select(.code": refuse_charges,
 }
 AFTER: dict[str, Callable[[Trouble], object]] = {
     "offsets reset": lambda on: on.stack.revive("counters-1"),
@@ -297,10 +302,12 @@ SHOWS: dict[str, tuple[str, ...]] = {
     "meter-events list": ("meter_event_invalid_value",),
     "webhooks list --state dead\n": ("shape",),
     "webhooks replay --all-dead": ("2",),
+    "select(.code": ("stripe_permission_missing", "rak_"),
     "FROM paused_meters": ("jobs",),
     "FROM stripe_fees WHERE charge_id": ("5000",),
     "exhausted_at IS NOT NULL OR past_due_since": ("past_due",),
     "offsets reset": ("partitions moved",),
+    "tidemeter reconcile ": ("customer-1",),
     'stripe_get "balance': ("charge",),
 }
 

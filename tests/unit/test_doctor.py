@@ -11,7 +11,7 @@ import pytest
 import stripe
 
 from services.cli.doctor import document, exit_status
-from services.doctor.examine import judge, may_ask_stripe
+from services.doctor.examine import gather_own, judge, may_ask_stripe
 from services.doctor.facts import (
     Alignment,
     Answer,
@@ -32,6 +32,7 @@ from services.doctor.judge_postgres import connections_needed
 from services.doctor.zones import Zones, known_zones, parse_zones
 from services.wire.errors import Misconfigured
 from services.wire.kafka import producer_config
+from services.wire.settings import load_settings
 from services.wire.topics import DAY_MS, plan_topics
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -357,3 +358,37 @@ def test_one_process_of_each_kind_fits_the_embedded_server() -> None:
 
 def test_the_library_says_which_version_it_asks_for() -> None:
     assert stripe.api_version
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ("rk_test_51abc", "rk_test"),
+        ("sk_live_51abc", "sk_live"),
+        ("", None),
+    ],
+)
+def test_of_the_key_only_its_kind_is_a_fact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, given: str, kind: str | None
+) -> None:
+    monkeypatch.setenv("TIDEMETER_DATA_DIR", str(tmp_path))
+    own = gather_own(load_settings(stripe_api_key=given))
+    assert own.key_kind == kind
+    assert "51abc" not in repr(own)
+
+
+@pytest.mark.parametrize(
+    ("secret", "complete"),
+    [(None, False), ("whsec_short", False), ("whsec_" + "YWJj" * 10, True)],
+)
+def test_a_webhook_as_sink_needs_a_secret_that_can_sign(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, secret: str | None, complete: bool
+) -> None:
+    monkeypatch.setenv("TIDEMETER_DATA_DIR", str(tmp_path))
+    own = gather_own(
+        load_settings(sink="webhook", sink_webhook_url="https://sink.example", sink_webhook_secret=secret)
+    )
+    assert own.sink_webhook_complete is complete
+    codes_found = {one.code for one in judge(Facts(own), ZONES, NOW).findings}
+    assert ("sink_webhook_incomplete" in codes_found) is not complete
+    assert "stripe_key_missing" not in codes_found  # nothing goes to Stripe
