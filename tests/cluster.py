@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -19,6 +21,8 @@ from confluent_kafka.admin import AdminClient
 from services.embedded.kafka import EmbeddedKafka, Membership, new_cluster_id
 from services.embedded.processes import PORT_FIRST, PORT_LAST, is_free
 from tests.pipeline import until
+
+Answer = TypeVar("Answer")
 
 NODES = (1, 2, 3)
 HEAP_MB = 256
@@ -78,12 +82,17 @@ class Cluster:
 
     def leader(self, topic: str, partition: int) -> int:
         """Who leads a partition now."""
-        return int(self.admin.list_topics(topic, timeout=10).topics[topic].partitions[partition].leader)
+        topics = settled(lambda: self.admin.list_topics(topic, timeout=10).topics)
+        return int(topics[topic].partitions[partition].leader)
 
     def coordinator(self, group: str) -> int:
         """Who keeps the group's offsets and members now."""
-        found = self.admin.describe_consumer_groups([group], request_timeout=10)[group].result()
-        return int(found.coordinator.id)
+
+        def ask() -> int:
+            found = self.admin.describe_consumer_groups([group], request_timeout=10)[group].result()
+            return int(found.coordinator.id)
+
+        return settled(ask)
 
     def await_in_sync(self, away: Collection[int] = (), timeout_s: float = 60) -> None:
         """Wait until all replicas but those on ``away`` are in sync and every partition has a leader."""
@@ -111,6 +120,18 @@ class Cluster:
         for node in self.nodes.values():
             if node.pid is not None:
                 node.kill()
+
+
+def settled(ask: Callable[[], Answer], timeout_s: float = 30) -> Answer:
+    """The answer, once leaders and coordinators know themselves; raises the last KafkaException."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ask()
+        except KafkaException:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def every(calls: Sequence[Callable[[], None]]) -> None:

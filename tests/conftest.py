@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -109,15 +109,32 @@ def template_database(servers: Servers) -> Iterator[str]:
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+NewDatabase = Callable[[], contextlib.AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def new_database(servers: Servers, template_database: str) -> NewDatabase:
+    """For fixtures that live longer than a test: makes a migrated database, dropped in the end; its DSN."""
+
+    @contextlib.contextmanager
+    def new() -> Iterator[str]:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        with psycopg.connect(servers.postgres, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
+        try:
+            yield _address(servers.postgres, name)
+        finally:
+            with psycopg.connect(servers.postgres, autocommit=True) as admin:
+                admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    return new
+
+
 @pytest.fixture
-def postgres_dsn(servers: Servers, template_database: str) -> Iterator[str]:
+def postgres_dsn(new_database: NewDatabase) -> Iterator[str]:
     """A migrated database of this test's own."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-    yield _address(servers.postgres, name)
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with new_database() as dsn:
+        yield dsn
 
 
 def _address(server: str, database: str) -> str:

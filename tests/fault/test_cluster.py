@@ -26,7 +26,7 @@ from services.producer import NotAcknowledged, UsageEvent, UsageProducer
 from services.producer.client import ReceiptState
 from services.wire.settings import load_settings
 from services.wire.topics import create_topics, plan_for
-from tests.cluster import NODES, Cluster
+from tests.cluster import NODES, Cluster, settled
 from tests.fault.campaign import Campaign, some_seed
 from tests.fault.traffic import configure
 from tests.integration.ingest_serving import Serving, serving
@@ -214,8 +214,9 @@ def senders(pipeline: Pipeline) -> Iterator[Senders]:
 
 def harm(campaign: Campaign, cluster: Cluster, node: int, worker: Worker, *, politely: bool = False) -> None:
     """End a broker, wait until what it led is counted again without it, and bring it back."""
-    led = [tp for tp in campaign.pipeline.log_bounds()[1] if cluster.leader(*tp) == node]
-    ends = {tp: end for tp, end in campaign.pipeline.log_bounds()[1].items() if tp in led or not led}
+    _, ends = settled(campaign.pipeline.log_bounds)
+    led = [tp for tp in ends if cluster.leader(*tp) == node]
+    ends = {tp: end for tp, end in ends.items() if tp in led or not led}
     campaign.kills += 1
     began = time.monotonic()
     if politely:

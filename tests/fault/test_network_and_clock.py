@@ -8,15 +8,13 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import psycopg
 import pytest
 
-from tests.conftest import Servers
+from tests.conftest import NewDatabase
 from tests.fault.campaign import Campaign, some_seed
 from tests.fault.traffic import configure
 from tests.pipeline import ROOT, TOPICS, USAGE, Pipeline, trim_topics
@@ -118,14 +116,14 @@ def ledger(pipeline: Pipeline) -> dict[str, list[str]]:
 
 @pytest.mark.timeout(600)
 def test_a_worker_with_a_wrong_clock_keeps_the_same_books(
-    campaign: Campaign, servers: Servers, template_database: str
+    campaign: Campaign, new_database: NewDatabase
 ) -> None:
     """The same log, counted under five clocks: only events and their arrival may say what time it is."""
     sender = campaign.pipeline
     sender.send_raw(campaign.records(some_seed(), 12_000))
     books = {}
     for name, shifts in CLOCKS.items():
-        with another(sender, servers, template_database) as pipeline:
+        with another(sender, new_database) as pipeline:
             campaign.pipeline, campaign.more = pipeline, {"clock": name}
             worker = pipeline.worker(
                 command=[sys.executable, str(ROOT / "tests/fault/wrong_clock.py"), *shifts],
@@ -140,17 +138,13 @@ def test_a_worker_with_a_wrong_clock_keeps_the_same_books(
 
 
 @contextlib.contextmanager
-def another(first: Pipeline, servers: Servers, template: str) -> Iterator[Pipeline]:
+def another(first: Pipeline, new_database: NewDatabase) -> Iterator[Pipeline]:
     """The same log, an empty database; what the one before wrote to Kafka is gone."""
     trim_topics(first.kafka, [topic for topic in TOPICS if topic not in USAGE])
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
+    with new_database() as dsn:
         pipeline = Pipeline(first.kafka, dsn, first.directory, log=first.log)
         configure(pipeline, subscribed=False)  # what closing does with invoices is a matter of the time
         try:
             yield pipeline
         finally:
             pipeline.close()
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")

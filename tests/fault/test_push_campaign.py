@@ -6,17 +6,15 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 import structlog
 
-from tests.conftest import Servers
+from tests.conftest import NewDatabase
 from tests.fault.campaign import LINES
 from tests.fault.push_campaign import Judgement, Run, figures, judge
 from tests.fault.push_runner import Runner
@@ -52,14 +50,10 @@ def runner() -> Iterator[Runner]:
 
 
 @pytest.fixture(scope="module")
-def dsn(servers: Servers, template_database: str) -> Iterator[str]:
+def dsn(new_database: NewDatabase) -> Iterator[str]:
     """One database for all runs; each empties it first."""
-    name = f"push_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-    yield psycopg.conninfo.make_conninfo(servers.postgres, dbname=name)
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with new_database() as dsn:
+        yield dsn
 
 
 def play(run: Run) -> Judgement:

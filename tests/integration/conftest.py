@@ -8,8 +8,30 @@ from collections.abc import Iterator
 import pytest
 
 from services.embedded.stack import Stack
+from tests.conftest import NewDatabase
 from tests.integration.pushing import World, open_world
 from tests.integration.running import CONFIGURATION, running_stack, tidemeter
+from tests.pipeline import Pipeline, Worker, trim_topics
+
+
+@pytest.fixture(scope="module")
+def pipeline(
+    kafka_bootstrap: str, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pipeline]:
+    """Trimmed topics and a database for all tests of one module; each has a tenant of its own."""
+    trim_topics(kafka_bootstrap)
+    with new_database() as dsn:
+        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("pipeline"))
+        try:
+            yield pipeline
+        finally:
+            pipeline.close()
+
+
+@pytest.fixture(scope="module")
+def worker(pipeline: Pipeline) -> Worker:
+    """The one counters worker of that."""
+    return pipeline.worker().start().await_healthy()
 
 
 @pytest.fixture

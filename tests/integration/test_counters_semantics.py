@@ -11,41 +11,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
 
 from services.console.adjustments import decide
 from services.embedded import kafka_tool
-from tests.conftest import Servers
 from tests.oracle import DAY_S, HOUR_S, Usage, published, unframe
-from tests.pipeline import GROUP, TOPICS, Coordinates, Pipeline, Read, Worker, trim_topics, until
+from tests.pipeline import GROUP, TOPICS, Coordinates, Pipeline, Read, Worker, until
 
 NOW_S = int(time.time())
-
-
-@pytest.fixture(scope="module")
-def pipeline(
-    servers: Servers, kafka_bootstrap: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pipeline]:
-    """One worker for all tests here; each has a tenant of its own."""
-    trim_topics(kafka_bootstrap)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
-        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("semantics"))
-        try:
-            yield pipeline
-        finally:
-            pipeline.close()
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture(scope="module")
-def worker(pipeline: Pipeline) -> Worker:
-    return pipeline.worker().start().await_healthy()
 
 
 @dataclass

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import psycopg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from litestar import Litestar
@@ -33,41 +31,17 @@ from services.streaming.explanation import Check, Explanation, Question
 from services.streaming.parking import Choice, request_redrives
 from services.wire.codec import Decoder
 from services.wire.settings import load_settings
-from tests.conftest import Servers
 from tests.integration.console import console, key_header
 from tests.integration.pushing import World, send_again
 from tests.integration.pushing import until as until_async
 from tests.oracle import DAY_S, HOUR_S, Usage, unframe
-from tests.pipeline import Pipeline, Worker, trim_topics, until
+from tests.pipeline import Pipeline, Worker, until
 from tests.records import Raw
 
 #: A full hour ago, so that a test that runs over an edge asks for the hour that it filled.
 HOUR = int(time.time()) // HOUR_S * HOUR_S - 2 * HOUR_S
 AT = HOUR + 600
 HOUR_TEXT = f"{datetime.fromtimestamp(HOUR + 1234, UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-@pytest.fixture(scope="module")
-def pipeline(
-    servers: Servers, kafka_bootstrap: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pipeline]:
-    """One worker for all tests here; each has a tenant of its own."""
-    trim_topics(kafka_bootstrap)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
-        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("explain"))
-        try:
-            yield pipeline
-        finally:
-            pipeline.close()
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture(scope="module")
-def worker(pipeline: Pipeline) -> Worker:
-    return pipeline.worker().start().await_healthy()
 
 
 @dataclass

@@ -5,15 +5,12 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import psycopg
 import pytest
 from confluent_kafka import TopicPartition
 
@@ -24,9 +21,8 @@ from services.streaming import replays
 from services.streaming.replay_plan import Plan
 from services.streaming.replays import RefusedReplay, ReplayRequest
 from services.wire.settings import load_settings
-from tests.conftest import Servers
 from tests.oracle import DAY_S, HOUR_S, Usage
-from tests.pipeline import Pipeline, Worker, trim_topics, until
+from tests.pipeline import Pipeline, Worker, until
 
 NOW_S = int(time.time())
 COUNTED = (
@@ -34,29 +30,6 @@ COUNTED = (
     "trim_scale(closed), trim_scale(pushed), sequence FROM buckets JOIN items i USING (item_id) "
     "WHERE i.tenant_id = %s ORDER BY 1, 2, 3"
 )
-
-
-@pytest.fixture(scope="module")
-def pipeline(
-    servers: Servers, kafka_bootstrap: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pipeline]:
-    """One worker for all tests here; each has a tenant of its own."""
-    trim_topics(kafka_bootstrap)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
-        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("replay"))
-        try:
-            yield pipeline
-        finally:
-            pipeline.close()
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture(scope="module")
-def worker(pipeline: Pipeline) -> Worker:
-    return pipeline.worker().start().await_healthy()
 
 
 @dataclass

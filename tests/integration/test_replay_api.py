@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 import psutil
-import psycopg
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -35,10 +34,9 @@ from services.ingest.app import create_app, openapi_document
 from services.streaming.replay_plan import Plan
 from services.streaming.replays import ReplayRequest
 from services.wire.settings import Settings
-from tests.conftest import Servers
 from tests.integration.ingest_serving import new_key, served
 from tests.oracle import DAY_S, HOUR_S, Usage
-from tests.pipeline import Pipeline, Worker, trim_topics, until
+from tests.pipeline import Pipeline, Worker, until
 
 NOW_S = int(time.time())
 REPLAYER = [sys.executable, "-m", "services.cli.main", "replayer"]
@@ -118,23 +116,10 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(
-    servers: Servers, kafka_bootstrap: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
-    trim_topics(kafka_bootstrap)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
-        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("replay-api"))
-        known = Settings(kafka_bootstrap=kafka_bootstrap, postgres_dsn=SecretStr(dsn))
-        try:
-            pipeline.worker().start().await_healthy()
-            with served(create_app(known, routes=ROUTES)) as url:
-                yield Site(pipeline, url, pipeline.worker("replayer", REPLAYER))
-        finally:
-            pipeline.close()
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+def site(pipeline: Pipeline, worker: Worker) -> Iterator[Site]:
+    known = Settings(kafka_bootstrap=pipeline.kafka, postgres_dsn=SecretStr(pipeline.dsn))
+    with served(create_app(known, routes=ROUTES)) as url:
+        yield Site(pipeline, url, pipeline.worker("replayer", REPLAYER))
 
 
 def snapshot(site: Site) -> dict[str, Any]:

@@ -8,13 +8,10 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -22,31 +19,12 @@ from services.cli import replay as commands
 from services.cli.common import ATTENTION, INTERRUPTED, MISUSED, UNAVAILABLE
 from services.cli.main import app
 from services.wire.settings import load_settings
-from tests.conftest import Servers
 from tests.integration.replaying import slowly
 from tests.oracle import DAY_S, HOUR_S, Usage
-from tests.pipeline import ROOT, Pipeline, trim_topics, until
+from tests.pipeline import ROOT, Pipeline, Worker, until
 
 NOW_S = int(time.time())
 RECORDS = 4000
-
-
-@pytest.fixture(scope="module")
-def pipeline(
-    servers: Servers, kafka_bootstrap: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pipeline]:
-    trim_topics(kafka_bootstrap)
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-        dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
-        pipeline = Pipeline(kafka_bootstrap, dsn, tmp_path_factory.mktemp("replay-cli"))
-        try:
-            pipeline.worker().start().await_healthy()
-            yield pipeline
-        finally:
-            pipeline.close()
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @dataclass
@@ -83,7 +61,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def scene(pipeline: Pipeline, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Scene:
     monkeypatch.setenv("TIDEMETER_KAFKA_BOOTSTRAP", pipeline.kafka)
     monkeypatch.setenv("TIDEMETER_POSTGRES_DSN", pipeline.dsn)
     monkeypatch.setattr(commands, "configure_logging", lambda *_, **__: None)  # here it is pytest's

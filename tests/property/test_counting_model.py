@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
@@ -51,7 +50,7 @@ from services.streaming.offsets import ensure_positions
 from services.streaming.outbox import unpack
 from services.streaming.replays import everything
 from services.wire.codec import Decoder
-from tests.conftest import Servers
+from tests.conftest import NewDatabase
 from tests.records import Raw, encoded, v3
 from upcasters.chain import upcasters
 
@@ -753,16 +752,11 @@ def _us(moment: datetime) -> int:
 
 
 @pytest.fixture(scope="module")
-def db(servers: Servers, template_database: str) -> Iterator[psycopg.Connection[Any]]:
+def db(new_database: NewDatabase) -> Iterator[psycopg.Connection[Any]]:
     """One database for every example here: each empties it first."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    dsn = urlunsplit(urlsplit(servers.postgres)._replace(path=f"/{name}"))
-    with psycopg.connect(servers.postgres, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}")
-        with psycopg.connect(dsn, autocommit=True) as db:
-            db.execute("SET synchronous_commit = off; SET jit = off")  # the second as replays do
-            yield db
-        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with new_database() as dsn, psycopg.connect(dsn, autocommit=True) as db:
+        db.execute("SET synchronous_commit = off; SET jit = off")  # the second as replays do
+        yield db
 
 
 # -- Single sequences ------------------------------------------------------------------------------------
