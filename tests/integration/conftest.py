@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -42,10 +44,14 @@ def world(postgres_dsn: str) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack() -> Iterator[Stack]:
     """The whole product, for the tests of one module."""
-    with running_stack(tmp_path_factory.mktemp("stack")) as running:
-        yield running
+    # Not below pytest's own directory: see `_embedded` in ../conftest.py.
+    with tempfile.TemporaryDirectory(prefix="tidemeter-stack-") as directory:
+        root = Path(directory)
+        root.chmod(0o711)
+        with running_stack(root) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
