@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import httpx
 import msgspec
 from tenacity import (
     RetryCallState,
@@ -25,6 +24,9 @@ from services.ingest.parse import JSON, Refusal, refusal_of
 from services.producer import Backpressure, NotAcknowledged, ReceiptState, UsageProducer
 from services.wire.errors import Invalid, Misconfigured, Transient
 from services.wire.usage import UsageEvent
+
+if TYPE_CHECKING:
+    import httpx
 
 KEY_VARIABLE = "TIDEMETER_API_KEY"
 HTTP_TIMEOUT_S = 30.0
@@ -61,12 +63,16 @@ class HttpSink:
     events_max = 500
 
     def __init__(self, api_url: str, key: str) -> None:
+        import httpx  # here, for every command would wait for it
+
         self._url = f"{api_url.rstrip('/')}/v1/events/ingest"
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}", "Content-Type": JSON}, timeout=HTTP_TIMEOUT_S
         )
 
     def attempt(self, lines: Sequence[Line]) -> list[Refusal | bool]:
+        import httpx
+
         try:
             answer = self._client.post(
                 self._url,

@@ -23,6 +23,7 @@ METERS_PAGE = 100
 PAGES_MAX = 100
 _PERMISSION = re.compile(r"\brak_[a-z0-9_]+")
 _NOBODY = "tidemeter_doctor"
+NO_SUCH_ADDRESS = "unrecognized_url"
 
 WRITE_EVENTS = "write meter events"
 READ_METERS = "read meters"
@@ -159,8 +160,10 @@ def _meter(found: Mapping[str, Any]) -> StripeMeter:
 
 
 def _found(answer: Answer) -> Answer:
-    """Not to be there is as good as to be read."""
-    return Answer(200) if answer.status == 404 and answer.reason == "resource_missing" else answer
+    """Not to be there, or to have a strange id, is as good as to be read; an unknown address is not."""
+    if answer.status in (400, 404) and answer.reason != NO_SUCH_ADDRESS:
+        return Answer(200)
+    return answer
 
 
 def _written(answer: Answer) -> Answer:
@@ -171,8 +174,11 @@ def _written(answer: Answer) -> Answer:
 def _answer_of(error: stripe.StripeError) -> Answer:
     detail: Any = error.error
     code = getattr(detail, "code", None)
-    named = _PERMISSION.search(str(error.user_message or ""))
+    message = str(error.user_message or "")
+    named = _PERMISSION.search(message)
     if error.http_status is None:
         cause = error.__cause__ or error
         return Answer(None, type(cause).__name__)
+    if message.startswith("Unrecognized request URL"):
+        code = NO_SUCH_ADDRESS
     return Answer(error.http_status, code or type(error).__name__, named[0] if named else None)

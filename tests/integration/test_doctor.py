@@ -19,6 +19,7 @@ from confluent_kafka.cimpl import NewPartitions
 from typer.testing import CliRunner
 
 from services.cli.main import app
+from services.doctor import gather_stripe
 from services.doctor.examine import examine
 from services.doctor.findings import Report, Severity
 from services.stripe_simulator import SimulatorControl, running_simulator
@@ -220,6 +221,13 @@ def test_what_is_wrong_at_stripe_is_found(
 ) -> None:
     change(stripe)
     assert unsafe(examine(settings)) == {code: subject}
+
+
+def test_an_address_that_stripe_does_not_know_proves_no_permission(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gather_stripe._BY_ID, "read charges (upkeep)", "/v1/chargess/ch_nobody")
+    assert unsafe(examine(settings)) == {"stripe_unchecked": "read charges (upkeep)"}
 
 
 def test_asking_writes_nothing_at_stripe(settings: Settings, stripe: SimulatorControl) -> None:

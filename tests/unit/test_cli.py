@@ -73,7 +73,7 @@ def test_there_is_a_command_for_every_step_of_the_first_hour() -> None:
 
 def test_a_command_starts_without_what_only_processes_need() -> None:
     """Each of these takes longer to import than most commands take to work."""
-    heavy = "{'faust', 'stripe', 'aiohttp', 'litestar', 'pyarrow'}"
+    heavy = "{'faust', 'stripe', 'aiohttp', 'httpx', 'litestar', 'pyarrow'}"
     program = f"import sys, services.cli.main; print(*sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
