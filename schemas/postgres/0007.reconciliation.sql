@@ -41,6 +41,7 @@ CREATE TABLE reconciliations (
     diff_abs        numeric,
     diff_pct        numeric,                      -- 0.005 is half a percent
     findings        jsonb NOT NULL,
+    is_dismissed    boolean NOT NULL DEFAULT false, -- somebody has settled this very difference
     since           timestamptz NOT NULL,         -- in this state
     checked_at      timestamptz NOT NULL,
     CHECK ((state = 'unknown') = (reason IS NOT NULL)),
@@ -59,6 +60,7 @@ CREATE TABLE reconciliation_suggestions (
     kind          text NOT NULL CHECK (kind IN ('adjust', 'replay')),
     amount        numeric NOT NULL,               -- what Stripe lacks; negative: has too much
     state         text NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'dismissed', 'resolved')),
+    is_told       boolean NOT NULL DEFAULT false, -- there was an ops event about it
     created_at    timestamptz NOT NULL,
     updated_at    timestamptz NOT NULL,
     closed_at     timestamptz,
@@ -68,3 +70,5 @@ CREATE TABLE reconciliation_suggestions (
 );
 CREATE UNIQUE INDEX reconciliation_suggestions_open
     ON reconciliation_suggestions (tenant_id, customer_ref, meter, period_start) WHERE state = 'open';
+CREATE INDEX reconciliation_suggestions_newest
+    ON reconciliation_suggestions (tenant_id, customer_ref, meter, period_start, suggestion_id);

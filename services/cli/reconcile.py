@@ -73,17 +73,8 @@ def reconcile(
     with sentences():
         settings = load_settings()
         asked = _asked(settings, tenant, meter, customer, period)
-        found = _reconciled(settings, asked)
-        with database(settings) as db:
-            summary = summarise(db, asked, epsilon=_epsilon(settings), limit=limit)
-        # What was stored before must not speak for what was found now.
-        worst = reconciliation.worst(found)
-    if as_json:
-        typer.echo(msgspec.json.encode(summary))
-    else:
-        _show(summary)
-    if EXIT[worst]:
-        raise typer.Exit(EXIT[worst])
+        _reconciled(settings, asked)
+        _tell(settings, asked, limit, as_json)
 
 
 @reconciliation_app.command("show")
@@ -102,14 +93,7 @@ def show(
     with sentences():
         settings = load_settings()
         asked = _asked(settings, tenant, meter, customer, period)
-        with database(settings) as db:
-            summary = summarise(db, asked, epsilon=_epsilon(settings), limit=limit)
-    if as_json:
-        typer.echo(msgspec.json.encode(summary))
-    else:
-        _show(summary)
-    if EXIT[summary.state]:
-        raise typer.Exit(EXIT[summary.state])
+        _tell(settings, asked, limit, as_json)
 
 
 @reconciliation_app.command("dismiss")
@@ -171,7 +155,7 @@ def _asked(
         raise fail(str(error), MISUSED) from None
 
 
-def _reconciled(settings: Settings, asked: Asked) -> Counter[State]:
+def _reconciled(settings: Settings, asked: Asked) -> None:
     """Stripe is asked here, so that it needs no reconciler that runs."""
     from services.reconciler.agent import record_run
     from services.reconciler.running import Limits, reconcile
@@ -185,7 +169,7 @@ def _reconciled(settings: Settings, asked: Asked) -> Counter[State]:
     columns = TextColumn("customers and meters"), BarColumn(), MofNCompleteColumn()
 
     async def go(bar: Progress) -> Counter[State]:
-        stripe = StripeReader.from_settings(settings)
+        stripe = StripeReader.from_settings(settings, per_second=settings.reconcile_rate_per_second)
         task = bar.add_task("", total=None)
         try:
             return await reconcile(
@@ -205,11 +189,18 @@ def _reconciled(settings: Settings, asked: Asked) -> Counter[State]:
         record_run(store.connection(), asked, found, by=operator(), began=began)
     finally:
         store.reset()
-    return found
 
 
-def _epsilon(settings: Settings) -> Decimal:
-    return Decimal(str(settings.reconcile_epsilon))
+def _tell(settings: Settings, asked: Asked, limit: int, as_json: bool) -> None:
+    """What is stored, and the exit status of that."""
+    with database(settings) as db:
+        summary = summarise(db, asked, settings, now=datetime.now(UTC), limit=limit)
+    if as_json:
+        typer.echo(msgspec.json.encode(summary))
+    else:
+        _show(summary)
+    if EXIT[summary.state]:
+        raise typer.Exit(EXIT[summary.state])
 
 
 _COLUMNS = ("tenant", "meter", "customer", "period", "state", "local", "Stripe", "difference", "%", "waiting")

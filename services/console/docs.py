@@ -69,4 +69,5 @@ RECONCILE_RESPONSES: dict[int, ResponseSpec] = {
     400: documented("The body is malformed, a time is none, or say of which tenant.", Problem),
     404: documented("There is no such tenant or meter; the path says which.", Problem),
     **COMMON_RESPONSES,
+    429: documented("Enough runs wait already.", Problem),
 }

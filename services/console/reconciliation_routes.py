@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Annotated, Any
 
 import msgspec
@@ -39,6 +38,7 @@ _PLAIN = r"^[^\x00-\x1f]+$"
 _PARAMETERS = frozenset({"tenantId", "metric", "customerRef", "period", "state", "limit"})
 #: Refusals that say that something does not exist.
 _UNKNOWN = "_unknown"
+_STATUS = {"too_many_runs": 429}
 
 Asking = HttpRequest[Any, Any, AppState]
 
@@ -95,11 +95,11 @@ async def reconciliation_summary(
         customer_ref=customer_ref,
         period=period,
     )
-    epsilon = Decimal(str(request.app.state.settings.reconcile_epsilon))
+    settings, now = request.app.state.settings, datetime.now(UTC)
 
     def answer(db: Any) -> Summary:
-        asked = resolve(db, _own(principal, wanted), datetime.now(UTC))
-        return summarise(db, asked, epsilon=epsilon, state=state_, limit=limit)
+        asked = resolve(db, _own(principal, wanted), now)
+        return summarise(db, asked, settings, now=now, state=state_, limit=limit)
 
     try:
         return await ask(request, answer)
@@ -232,5 +232,5 @@ def _nothing() -> RequestRefused:
 
 
 def _refused(error: RefusedReconciliation) -> RequestRefused:
-    status = 404 if error.code.endswith(_UNKNOWN) else 400
-    return RequestRefused(status, error.code, str(error), path=error.path)
+    status = 404 if error.code.endswith(_UNKNOWN) else _STATUS.get(error.code, 400)
+    return RequestRefused(status, error.code, str(error), path=error.path or None)

@@ -17,6 +17,7 @@ from hashlib import blake2b
 from types import MappingProxyType
 
 from services.wire.codec import Record
+from services.wire.decimals import rounding
 from services.wire.errors import require
 from services.wire.times import instant
 from services.wire.waits import full_jitter
@@ -236,19 +237,15 @@ def judge(
     if shown is None:
         return Verdict.UNREADABLE
     if formula is Formula.LAST:
-        applied = shown.value is not None and abs(shown.value - amount) <= _tolerance(amount)
+        applied = shown.value is not None and abs(shown.value - amount) <= rounding(amount)
         return Verdict.APPLIED if applied else Verdict.NOT_APPLIED
     total = shown.value or Decimal(0)
-    tolerance = _tolerance(reported + amount)
+    tolerance = rounding(reported + amount)
     if abs(amount) <= 2 * tolerance:
         return Verdict.UNCLEAR
     if abs(total - (reported + amount)) <= tolerance:
         return Verdict.APPLIED
     return Verdict.NOT_APPLIED if abs(total - reported) <= tolerance else Verdict.UNCLEAR
-
-
-def _tolerance(expected: Decimal) -> Decimal:
-    return max(Decimal(1).scaleb(-AMOUNT_SCALE) / 2, abs(expected) * Decimal("1e-13"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from services.streaming.alone import run_alone
 from services.streaming.database import BULK_OPTIONS, TRANSIENT_ERRORS, Database
 from services.streaming.loops import Clock, Loop, in_thread, utc_now
 from services.streaming.observe import Health, Status
-from services.streaming.reconciliation import STATES, Asked, RunState
+from services.streaming.reconciliation import STATES, Asked, RunState, good_for
 from services.wire import metrics
 from services.wire.settings import Settings
 from services.wire.stripe_reader import StripeReader
@@ -34,8 +34,6 @@ OBSERVE_SECONDS = 5.0
 #: While nothing was ever compared, it is tried so often.
 FIRST_SECONDS = 15.0
 SERIES_MAX = 1000
-#: What was found is good for so many intervals; then it says nothing any more.
-STALE_INTERVALS = 3
 
 #: One reconciler is at work at a time: a run that is `running` when nobody is was left by one that died.
 _TRY_LOCK: LiteralString = "SELECT pg_try_advisory_lock(hashtextextended('tidemeter/reconciler', 0))"
@@ -46,7 +44,8 @@ RETURNING run_id, tenant_id, meters, customer_ref, period_at
 """
 _DUE: LiteralString = """
 INSERT INTO reconciliation_runs (requested_by)
-SELECT 'loop' WHERE NOT EXISTS (SELECT FROM reconciliation_runs WHERE finished_at IS NULL)
+SELECT 'loop' WHERE NOT EXISTS (
+    SELECT FROM reconciliation_runs WHERE finished_at IS NULL AND requested_by = 'loop')
   AND coalesce((SELECT max(finished_at) FROM reconciliation_runs
                 WHERE tenant_id IS NULL AND meters IS NULL AND customer_ref IS NULL AND period_at IS NULL),
                '-infinity')
@@ -69,7 +68,8 @@ ORDER BY array_position(ARRAY['drift', 'unknown', 'adjust', 'ok'], state), diff_
 LIMIT %(limit)s
 """
 _STATES: LiteralString = """
-SELECT CASE WHEN checked_at >= %(fresh)s THEN state ELSE 'unknown' END, count(*)
+SELECT CASE WHEN checked_at < %(fresh)s THEN 'unknown' WHEN state = 'drift' AND is_dismissed THEN 'adjust'
+            ELSE state END, count(*)
 FROM reconciliations WHERE period_end >= %(since)s GROUP BY 1
 """
 
@@ -109,14 +109,14 @@ class Reconciler:
         try:
             found = await reconcile(self._database, self._stripe, asked, self._limits, clock=self._clock)
         except TRANSIENT_ERRORS:
-            metrics.RECON_RUNS.labels("failed").inc()
+            metrics.RECON_RUNS.labels("failed", "all" if asked == Asked() else "part").inc()
             await asyncio.to_thread(self._database.reset)
             raise
         except Exception:  # a defect ends the process; the next one must not meet the same run again
             await in_thread(self._deciding, _end, run_id, "failed", Counter())
             raise
         self._unanswered = await in_thread(self._deciding, _end, run_id, "done", found)
-        metrics.RECON_RUNS.labels("done").inc()
+        metrics.RECON_RUNS.labels("done", "all" if asked == Asked() else "part").inc()
         metrics.RECON_SECONDS.observe(time.monotonic() - began)
         log.info("reconciled", run=run_id, **{state: found[state] for state in STATES})
         return True
@@ -150,7 +150,11 @@ def _end(db: Connection, run_id: int, state: RunState, found: Counter[State]) ->
     """Returns of how many items and periods Stripe said nothing."""
     db.execute(_ENDED, {"run_id": run_id, "state": state, **_numbers(found)})
     db.execute(_PRUNE)
-    row = db.execute("SELECT count(*) FROM reconciliations WHERE reason = 'no_answer'").fetchone()
+    row = db.execute(
+        "SELECT count(*) FROM reconciliations WHERE reason = 'no_answer' AND checked_at >= "
+        "(SELECT started_at FROM reconciliation_runs WHERE run_id = %s) - interval '1 minute'",
+        (run_id,),
+    ).fetchone()
     return int(row[0]) if row else 0
 
 
@@ -159,7 +163,7 @@ class Gauges:
 
     def __init__(self, settings: Settings, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._clock = clock
-        self._good_for = timedelta(seconds=max(3600.0, STALE_INTERVALS * settings.reconcile_interval_seconds))
+        self._good_for = good_for(settings)
         self._database = Database(settings.postgres(), "reconciler-gauges")
         self.loop = Loop("reconciliation gauges", OBSERVE_SECONDS, self.step, self._database)
 
@@ -191,7 +195,7 @@ async def run(settings: Settings) -> None:
     """
     check_catalog()
     settings.kafka()
-    stripe = StripeReader.from_settings(settings)
+    stripe = StripeReader.from_settings(settings, per_second=settings.reconcile_rate_per_second)
     reconciler, gauges = Reconciler(settings, stripe), Gauges(settings)
     health = Health({"reconciler": reconciler.check})
     try:

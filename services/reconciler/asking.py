@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
-
-from aiolimiter import AsyncLimiter
+from typing import TypeVar
 
 from services.reconciler.judging import Reason
 from services.reconciler.local import Window
@@ -16,7 +15,10 @@ from services.wire.times import EPOCH
 
 #: Calls at once. Stripe allows an account 100 reads a second (docs.stripe.com/rate-limits); others read too.
 CALLS_AT_ONCE = 8
+AWAY_MAX = 16
 HOUR = timedelta(hours=1)
+
+T = TypeVar("T")
 
 
 class NotKnown(Exception):
@@ -30,12 +32,12 @@ class NotKnown(Exception):
 class Asking:
     """The questions of one run. Meters are read once, when first needed."""
 
-    def __init__(self, stripe: StripeReader, *, per_second: float) -> None:
+    def __init__(self, stripe: StripeReader) -> None:
         self._stripe = stripe
-        self._rate = AsyncLimiter(per_second, 1)
         self._at_once = asyncio.Semaphore(CALLS_AT_ONCE)
         self._meters: dict[str, MeterAtStripe] | None = None
         self._reading_meters = asyncio.Lock()
+        self._away = 0
 
     async def meter_of(self, event_name: str, formulas: set[str]) -> MeterAtStripe:
         """The Stripe meter of an event name, if it adds up by the one formula that is expected.
@@ -45,7 +47,7 @@ class Asking:
         """
         async with self._reading_meters:
             if self._meters is None:
-                self._meters = _by_event_name(await self._ask_meters())
+                self._meters = _by_event_name(await self._answer(self._stripe.meters))
         meter = self._meters.get(event_name)
         if meter is None:
             raise NotKnown("meter_missing")
@@ -53,39 +55,37 @@ class Asking:
             raise NotKnown("meter_differs")
         return meter
 
-    async def _ask_meters(self) -> list[MeterAtStripe]:
-        try:
-            async with self._at_once, self._rate:
-                return await self._stripe.meters()
-        except (Away, Missing):
-            raise NotKnown("no_answer") from None
-
     async def shown(self, meter: MeterAtStripe, customer: str, window: Window) -> Decimal:
         """Stripe's total of a window.
 
         Raises:
             NotKnown: it does not say.
         """
-        try:
-            async with self._at_once, self._rate:
-                return await self._stripe.used(meter.meter_id, customer, *_seconds(window))
-        except Missing:
-            raise NotKnown("customer_missing") from None
-        except Away:
-            raise NotKnown("no_answer") from None
+        start, end = _seconds(window)
+        return await self._answer(lambda: self._stripe.used(meter.meter_id, customer, start, end))
 
     async def shown_by_hour(
         self, meter: MeterAtStripe, customer: str, window: Window
     ) -> Mapping[datetime, Decimal]:
         """Stripe's totals of the hours of a window that have any; raises as :meth:`shown`."""
-        try:
-            async with self._at_once, self._rate:
-                found = await self._stripe.used_by_hour(meter.meter_id, customer, *_seconds(window))
-        except Missing:
-            raise NotKnown("customer_missing") from None
-        except Away:
-            raise NotKnown("no_answer") from None
-        return {EPOCH + timedelta(seconds=start): value for start, value in found.items()}
+        start, end = _seconds(window)
+        found = await self._answer(lambda: self._stripe.used_by_hour(meter.meter_id, customer, start, end))
+        return {EPOCH + timedelta(seconds=hour): value for hour, value in found.items()}
+
+    async def _answer(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Once Stripe has been away several times in a row, the rest of the run does not wait for it."""
+        async with self._at_once:
+            if self._away >= AWAY_MAX:
+                raise NotKnown("no_answer")
+            try:
+                answer = await question()
+            except Missing:
+                raise NotKnown("customer_missing") from None
+            except Away:
+                self._away += 1
+                raise NotKnown("no_answer") from None
+            self._away = 0
+            return answer
 
 
 def hours_around(start: datetime, end: datetime, now: datetime) -> Window:

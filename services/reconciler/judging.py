@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from decimal import ROUND_DOWN, Decimal
 from typing import Literal
 
+from services.wire.decimals import rounding
 from services.wire.times import utc
 
 ZERO = Decimal(0)
@@ -56,14 +57,18 @@ class Account:
     event_name: str
 
 
+#: An item and the start of a period of it.
+Sender = tuple[object, datetime]
+
+
 @dataclass(slots=True)
 class JournalHour:
     """What the journal says of one hour of an account.
 
     ``reported``: what Stripe took; of a meter with the formula ``last`` the newest value. ``young_more`` and
     ``young_less``: of that, the positive and the negative amounts that it took less than the patience ago.
-    ``flying_more`` and ``flying_less``: the same of calls under way. ``candidates``: what was reported, by
-    identifier.
+    ``flying_more`` and ``flying_less``: the same of calls under way. ``senders``: the items and periods that
+    sent something in it.
     """
 
     reported: Decimal = ZERO
@@ -72,25 +77,24 @@ class JournalHour:
     flying_more: Decimal = ZERO
     flying_less: Decimal = ZERO
     doubts: int = 0
-    items: frozenset[object] = frozenset()
-    candidates: Sequence[tuple[str, Decimal]] = ()
+    senders: frozenset[Sender] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class HourDifference:
     """An hour in which Stripe shows something else than it was told. ``missing`` < 0: it shows more.
 
-    ``explained``: it may be a matter of time. ``identifiers``: the pushes that are missing, where that is
-    clear.
+    ``explained``: it may be a matter of time. ``doubted``: it may be a push in doubt. ``candidates``: what
+    was reported, by identifier and sender.
     """
 
     hour: datetime
     missing: Decimal
     explained: bool
+    doubted: bool
     reported: Decimal
-    stripe: Decimal
-    items: frozenset[object]
-    identifiers: tuple[str, ...] = ()
+    senders: frozenset[Sender]
+    candidates: Sequence[tuple[str, Decimal, Sender]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,8 @@ class Verdict:
 
 
 def same(reported: Decimal, shown: Decimal) -> bool:
-    """Stripe answers doubles: a sum that a double cannot hold is compared as one."""
-    return reported == shown or float(reported) == float(shown)
+    """Whether they are, but for what adding up doubles may lose."""
+    return abs(reported - shown) <= rounding(reported)
 
 
 def compare_hours(
@@ -166,10 +170,9 @@ def compare_hours(
                 hour=hour,
                 missing=missing,
                 explained=_time_explains(told, missing),
+                doubted=told.doubts > 0,
                 reported=told.reported,
-                stripe=there,
-                items=told.items,
-                identifiers=named(told.candidates, missing),
+                senders=told.senders,
             )
         )
     return found
@@ -264,7 +267,10 @@ def of_books(books: Books, journal: Journal, closing_since: datetime | None) -> 
     wrong = books.closed + books.carried - books.pushed - books.carry
     if wrong:
         findings.append(Finding("books_differ", wrong))
-    if owed := _whole(books.carry, books.unit):
+    owed = _whole(books.carry, books.unit)
+    netted = min(max(-owed, ZERO), max(to_close, ZERO))  # what waits makes up for it
+    owed, to_close = owed + netted, to_close - netted
+    if owed:
         findings.append(Finding("deficit" if owed < 0 else "books_differ", owed))
     waits = [since for since in (journal.waits_since, closing_since if to_close else None) if since]
     return ItemPeriod(
@@ -284,7 +290,10 @@ def of_values(
     others: Sequence[Hour],
     closing_since: datetime | None,
 ) -> ItemPeriod:
-    """The same of a ``last`` meter: its newest hour's value is the period's. ``reported``: the newest one."""
+    """The same of a ``last`` meter: its newest hour's value is the period's. ``reported``: the newest one.
+
+    Of other hours there is only said that they differ, with 0.
+    """
     findings = [Finding("push_failed", ZERO, hour, names) for hour, _, names in journal.failed]
     findings += [Finding("books_differ", ZERO, one.hour) for one in others if one.is_wrong]
     findings += [
@@ -293,12 +302,14 @@ def of_values(
         if one.total != one.closed and not (one.waits or (newest is not None and one.hour == newest.hour))
     ]
     value = ZERO if newest is None else _whole(newest.total, unit)
-    waiting, since = journal.pending, journal.waits_since
+    waiting, since = ZERO, journal.waits_since
     if newest is not None and newest.waits:
-        waiting, since = value - journal.reported, since or closing_since
+        since = since or closing_since
+    if since is not None:
+        waiting = value - journal.reported
     elif (
         newest is not None
-        and not (journal.pending or journal.doubts)
+        and not journal.doubts
         and (value != journal.reported or newest.total != newest.closed)
     ):
         cause: Cause = "push_failed" if journal.failed else "counter_differs"
@@ -316,13 +327,20 @@ def _whole(amount: Decimal, unit: Decimal) -> Decimal:
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """Which period of which items is judged, by what. ``items``: what stands for them in hours."""
+    """Which period of which items is judged."""
 
     items: frozenset[object]
     start: datetime
     end: datetime
     is_final: bool
     has_customer: bool
+    #: Of a ``last`` meter: the hour that its value is of.
+    newest: datetime | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its value is that of its newest hour."""
+        return self.newest is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,25 +364,29 @@ def judge(
     findings = [finding for part in parts for finding in part.findings]
     local = reported + sum((finding.amount for finding in findings), ZERO)
     differences = list(_own(period, answers))
-    lag = [one for one in differences if one.explained]
-    lagging = sum((one.missing for one in lag), ZERO)
+    hours = [one.hour for one in differences]
+    lag = [one for one in differences if one.explained and not one.doubted]
+    lagging = ZERO if period.is_last else sum((one.missing for one in lag), ZERO)
     stripe = reported - lagging
     for one in differences:
-        if not one.explained:
-            stripe -= one.missing
-            cause: Cause = "missing_at_stripe" if one.missing > 0 else "surplus_at_stripe"
-            findings.append(Finding(cause, one.missing, one.hour, one.identifiers))
+        if not (one.explained or one.doubted):
+            finding = _finding(period, one, newest=max([period.newest or one.hour, *hours]))
+            stripe -= finding.amount
+            findings.append(finding)
     local -= lagging  # what Stripe may not show yet counts as on its way
     findings.sort(key=lambda one: (one.hour is None, one.hour and utc(one.hour), one.cause))
     counted = sum((part.counted for part in parts), ZERO)
     waiting = sum((part.waiting for part in parts), ZERO) + lagging
+    nothing = not (local or stripe or findings) and waiting != 0
     reason = _unknown(
         period,
         parts,
         answers,
         policy,
-        lagging=_must_wait(lag, reported, policy.now),
+        doubted=any(one.doubted for one in differences),
+        lagging=_must_wait(period, lag, reported, policy.now),
         has_findings=bool(findings),
+        nothing=nothing,
     )
     if reason is not None:
         seen = None if any(one.unknown for one in answers) or not period.has_customer else stripe
@@ -373,6 +395,15 @@ def judge(
     return Verdict(
         state, None, counted, waiting, local, stripe, abs(local - stripe), relative(local, stripe), findings
     )
+
+
+def _finding(period: Period, one: HourDifference, *, newest: datetime) -> Finding:
+    """Of a ``last`` meter only the newest hour has an amount, for its value is the period's."""
+    cause: Cause = "missing_at_stripe" if one.missing > 0 else "surplus_at_stripe"
+    own = [(name, amount) for name, amount, sender in one.candidates if sender[0] in period.items]
+    if period.is_last and one.hour != newest:
+        return Finding(cause, ZERO, one.hour)
+    return Finding(cause, one.missing, one.hour, () if period.is_last else named(own, one.missing))
 
 
 def relative(local: Decimal, stripe: Decimal) -> Decimal:
@@ -384,18 +415,20 @@ def relative(local: Decimal, stripe: Decimal) -> Decimal:
 
 def _own(period: Period, answers: Sequence[AccountAnswer]) -> Iterator[HourDifference]:
     """Hours of the period with something of its items; what nobody here sent belongs to whoever is billed."""
+    mine = {(item, period.start) for item in period.items}
     for answer in answers:
         for one in answer.differences:
             within = one.hour + HOUR > period.start and one.hour < period.end
-            if within and (not one.items or one.items & period.items):
+            if within and (not one.senders or one.senders & mine):
                 yield one
 
 
-def _must_wait(lag: Sequence[HourDifference], reported: Decimal, now: datetime) -> bool:
+def _must_wait(period: Period, lag: Sequence[HourDifference], reported: Decimal, now: datetime) -> bool:
     """Whether what Stripe may not show yet leaves nothing to go by. The hour that goes on may be left out."""
-    return any(one.hour + HOUR <= now for one in lag) or (
-        bool(lag) and sum((one.reported for one in lag), ZERO) == reported
-    )
+    if not lag:
+        return False
+    nothing_else = sum((one.reported for one in lag), ZERO) == reported
+    return period.is_last or nothing_else or any(one.hour + HOUR <= now for one in lag)
 
 
 def _unknown(
@@ -404,24 +437,25 @@ def _unknown(
     answers: Sequence[AccountAnswer],
     policy: Policy,
     *,
+    doubted: bool,
     lagging: bool,
     has_findings: bool,
+    nothing: bool,
 ) -> Reason | None:
     if not period.has_customer:
         return "no_stripe_customer"
     for answer in answers:
         if answer.unknown is not None:
             return answer.unknown
-    if any(part.doubts for part in parts):
+    if doubted or any(part.doubts for part in parts):
         return "in_doubt"
     if has_findings:
         return None  # whatever time may explain, these it does not
     if lagging:
         return "summary_lags"
     since = min((part.waits_since for part in parts if part.waits_since is not None), default=None)
-    if since is not None and (period.end <= policy.now or since < policy.now - policy.patience):
-        return "waiting"
-    return None
+    late = since is not None and (period.end <= policy.now or since < policy.now - policy.patience)
+    return "waiting" if nothing or late else None
 
 
 def _state(local: Decimal, stripe: Decimal, has_findings: bool, is_final: bool, epsilon: Decimal) -> State:

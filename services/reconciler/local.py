@@ -7,7 +7,7 @@ after Stripe was asked: what Stripe has shown by then is in the journal, as repo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -25,6 +25,7 @@ from services.reconciler.judging import (
     ItemPeriod,
     Journal,
     JournalHour,
+    Sender,
     of_books,
     of_values,
 )
@@ -53,6 +54,7 @@ class Subject:
     event_name: str
     formula: str
     is_final: bool
+    newest: datetime | None = None  # of a `last` meter: its newest hour
     items: set[UUID] = field(default_factory=set)
     parts: list[ItemPeriod] = field(default_factory=list)
     accounts: set[Account] = field(default_factory=set)
@@ -61,40 +63,40 @@ class Subject:
 # -- Which items and periods -------------------------------------------------------------------------------
 
 _TEMP: LiteralString = """
-CREATE TEMP TABLE IF NOT EXISTS reconciling (
-    place int, item_id uuid, period_start timestamptz, tenant_id text, customer_ref text, meter text,
-    calendar text, stripe_customer text, event_name text, dirty_from timestamptz)
+CREATE TEMP TABLE IF NOT EXISTS reconciling (place int, item_id uuid, period_start timestamptz)
 """
-#: An item whose row is gone is named as the journal names it.
-_FILL: LiteralString = """
+#: Whose an item is, and where it is billed, now. One whose row is gone is named as the journal names it.
+_NAMED: LiteralString = """
+SELECT t.*, n.tenant_id, n.customer_ref, n.meter, n.dirty_from,
+       coalesce(n.calendar, (SELECT '1 month ' || timezone FROM tenants WHERE tenant_id = n.tenant_id))
+           AS calendar,
+       coalesce(c.stripe_customer, CASE WHEN n.customer_ref ~ '^cus_[A-Za-z0-9_]+$' THEN n.customer_ref END)
+           AS stripe_customer,
+       m.event_name, m.aggregation, m.scale
+FROM ({table}) t
+LEFT JOIN items i USING (item_id)
+LEFT JOIN LATERAL (SELECT e.tenant_id, e.stripe_customer, e.meter FROM meter_events e
+    WHERE i.item_id IS NULL AND e.item_id = t.item_id LIMIT 1) e ON true
+CROSS JOIN LATERAL (SELECT coalesce(i.tenant_id, e.tenant_id) AS tenant_id,
+    coalesce(i.customer_ref, e.stripe_customer) AS customer_ref, coalesce(i.meter, e.meter) AS meter,
+    i.calendar, i.dirty_from) n
+JOIN meters m ON (m.tenant_id, m.meter) = (n.tenant_id, n.meter)
+LEFT JOIN customers c ON (c.tenant_id, c.customer_ref) = (n.tenant_id, n.customer_ref)
+"""
+#: By period rather than by hour: one without usage for weeks is a period too.
+_TOUCHED: LiteralString = """
+SELECT item_id, period_start FROM item_periods WHERE period_end >= %(since)s
+UNION SELECT item_id, period_start FROM buckets WHERE hour_start >= %(since)s
+"""
+_FILL: LiteralString = f"""
 INSERT INTO reconciling
-WITH touched AS (
-    SELECT item_id, period_start FROM buckets WHERE hour_start >= %(since)s
-    UNION SELECT item_id, period_start FROM deltas WHERE hour_start >= %(since)s
-    UNION SELECT item_id, period_start FROM meter_events WHERE hour_start >= %(since)s
-), named AS (
-    SELECT t.item_id, t.period_start, coalesce(i.tenant_id, e.tenant_id) AS tenant_id,
-           coalesce(i.customer_ref, e.stripe_customer) AS customer_ref, coalesce(i.meter, e.meter) AS meter,
-           i.calendar, i.dirty_from
-    FROM touched t LEFT JOIN items i USING (item_id)
-    LEFT JOIN LATERAL (SELECT m.tenant_id, m.stripe_customer, m.meter FROM meter_events m
-        WHERE i.item_id IS NULL AND m.item_id = t.item_id LIMIT 1) e ON true
-), mapped AS (
-    SELECT n.*, coalesce(c.stripe_customer,
-               CASE WHEN n.customer_ref ~ '^cus_[A-Za-z0-9_]+$' THEN n.customer_ref END) AS stripe_customer,
-           m.event_name
-    FROM named n JOIN meters m USING (tenant_id, meter) LEFT JOIN customers c USING (tenant_id, customer_ref)
-    WHERE (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
-      AND (%(meters)s::text[] IS NULL OR meter = ANY(%(meters)s))
-      AND (%(customer)s::text IS NULL OR customer_ref = %(customer)s)
-)
-SELECT dense_rank() OVER (ORDER BY event_name, stripe_customer, tenant_id, customer_ref),
-       item_id, period_start, tenant_id, customer_ref, meter,
-       coalesce(calendar,
-                (SELECT '1 month ' || t.timezone FROM tenants t WHERE t.tenant_id = mapped.tenant_id)),
-       stripe_customer, event_name, dirty_from
-FROM mapped
-"""
+SELECT dense_rank() OVER (ORDER BY event_name, stripe_customer, tenant_id, customer_ref), item_id,
+       period_start
+FROM ({_NAMED.format(table=_TOUCHED)}) n
+WHERE (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
+  AND (%(meters)s::text[] IS NULL OR meter = ANY(%(meters)s))
+  AND (%(customer)s::text IS NULL OR customer_ref = %(customer)s)
+"""  # noqa: S608  constants only
 
 
 def list_items(db: Connection, asked: Asked, now: datetime) -> int:
@@ -103,7 +105,7 @@ def list_items(db: Connection, asked: Asked, now: datetime) -> int:
     db.execute("TRUNCATE reconciling")
     since = now - LOOKED_BACK
     if asked.period_at is not None:
-        since = min(since, asked.period_at - timedelta(days=366 * 2))
+        since = min(since, asked.period_at)
     db.execute(_FILL, {**asked.values(), "since": since})
     db.execute("CREATE INDEX IF NOT EXISTS reconciling_place ON reconciling (place)")
     db.execute("ANALYZE reconciling")
@@ -113,30 +115,31 @@ def list_items(db: Connection, asked: Asked, now: datetime) -> int:
 
 # -- Books of items ----------------------------------------------------------------------------------------
 
-_BOOKS: LiteralString = """
+_PLACES: LiteralString = "SELECT * FROM reconciling WHERE place BETWEEN %(first)s AND %(last)s"
+#: Everything of a batch that has a name, as it is in the snapshot.
+_MINE: LiteralString = _NAMED.format(table=_PLACES)
+
+_BOOKS: LiteralString = f"""
 SELECT r.item_id, r.period_start, r.tenant_id, r.customer_ref, r.meter, r.calendar, r.stripe_customer,
-       r.event_name, m.aggregation, m.scale, coalesce(s.total, 0), coalesce(s.peak, 0),
+       r.event_name, r.aggregation, r.scale, coalesce(s.total, 0), coalesce(s.peak, 0),
        coalesce(s.closed, 0), coalesce(s.pushed, 0), coalesce(k.carry, 0), coalesce(k.value, 0),
        (SELECT coalesce(sum(amount), 0) FROM carry_forwards
         WHERE item_id = r.item_id AND to_period = r.period_start)
        - (SELECT coalesce(sum(amount), 0) FROM carry_forwards
           WHERE item_id = r.item_id AND period_start = r.period_start),
-       s.arrived
-FROM reconciling r JOIN meters m USING (tenant_id, meter)
+       s.arrived, coalesce(s.events, 0)
+FROM ({_MINE}) r
 LEFT JOIN item_periods k USING (item_id, period_start)
 LEFT JOIN LATERAL (
     SELECT sum(total) AS total, max(total) AS peak, sum(coalesce(closed, 0)) AS closed, sum(pushed) AS pushed,
-           max(last_arrival) FILTER (WHERE closed IS DISTINCT FROM total) AS arrived
+           sum(events) AS events, min(last_arrival) FILTER (WHERE closed IS DISTINCT FROM total) AS arrived
     FROM buckets WHERE (item_id, period_start) = (r.item_id, r.period_start)) s ON true
-WHERE r.place BETWEEN %(first)s AND %(last)s
 ORDER BY r.place, r.item_id, r.period_start
-"""
+"""  # noqa: S608  constants only
 
 #: Hours that are not as they are at rest. What a `last` meter pushed is no sum.
-_HOURS: LiteralString = """
-WITH mine AS (SELECT r.*, m.aggregation = 'last' AS is_last
-              FROM reconciling r JOIN meters m USING (tenant_id, meter)
-              WHERE r.place BETWEEN %(first)s AND %(last)s),
+_HOURS: LiteralString = f"""
+WITH mine AS MATERIALIZED (SELECT r.*, r.aggregation = 'last' AS is_last FROM ({_MINE}) r),
 sent AS (
     SELECT item_id, period_start, hour_start, sum(amount) AS amount, bool_or(under_way) AS under_way FROM (
         SELECT e.item_id, e.period_start, e.hour_start,
@@ -162,10 +165,10 @@ JOIN mine USING (item_id, period_start)
 WHERE b.is_there IS NULL OR b.closed IS DISTINCT FROM b.total OR b.open <> coalesce(s.under_way, false)
    OR (NOT mine.is_last AND b.pushed <> coalesce(s.amount, 0))
 ORDER BY item_id, period_start, hour_start
-"""
+"""  # noqa: S608  constants only
 
 #: A delta and its meter event are one amount, and neither may be without the other once it was read. What a
-#: `last` bucket has pushed is its newest delta.
+#: `last` bucket has pushed is its newest meter event.
 _UNEQUAL: LiteralString = """
 SELECT e.item_id, e.period_start, e.hour_start
 FROM reconciling r JOIN meter_events e USING (item_id, period_start)
@@ -173,12 +176,14 @@ LEFT JOIN deltas d ON d.identifier = coalesce(e.replaces, e.identifier)
 WHERE r.place BETWEEN %(first)s AND %(last)s AND d.amount IS DISTINCT FROM e.amount
 UNION
 SELECT b.item_id, b.period_start, b.hour_start
-FROM reconciling r JOIN meters m USING (tenant_id, meter) JOIN buckets b USING (item_id, period_start)
-WHERE r.place BETWEEN %(first)s AND %(last)s AND m.aggregation = 'last'
+FROM reconciling r JOIN items i USING (item_id) JOIN meters m USING (tenant_id, meter)
+JOIN buckets b USING (item_id, period_start)
+WHERE r.place BETWEEN %(first)s AND %(last)s AND m.aggregation = 'last' AND NOT b.open
   AND b.pushed <> coalesce((
-      SELECT d.amount FROM deltas d
-      WHERE (d.item_id, d.hour_start, d.period_start) = (b.item_id, b.hour_start, b.period_start)
-      ORDER BY d.sequence DESC LIMIT 1), 0)
+      SELECT e.amount FROM meter_events e
+      LEFT JOIN deltas d ON d.identifier = coalesce(e.replaces, e.identifier)
+      WHERE (e.item_id, e.period_start, e.hour_start) = (b.item_id, b.period_start, b.hour_start)
+      ORDER BY d.sequence DESC NULLS LAST LIMIT 1), 0)
 """
 
 _JOURNAL: LiteralString = """
@@ -204,9 +209,10 @@ GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 _NEWEST: LiteralString = """
 SELECT DISTINCT ON (r.item_id, r.period_start) r.item_id, r.period_start, b.hour_start, b.total,
        coalesce(b.closed, 0), b.pushed,
-       b.closed IS DISTINCT FROM b.total AND (coalesce(r.dirty_from <= b.hour_start, false) OR b.open)
-FROM reconciling r JOIN meters m USING (tenant_id, meter) JOIN buckets b USING (item_id, period_start)
-WHERE r.place BETWEEN %(first)s AND %(last)s AND m.aggregation = 'last'
+       b.closed IS DISTINCT FROM b.total AND (coalesce(i.dirty_from <= b.hour_start, false) OR b.open)
+FROM reconciling r JOIN items i USING (item_id) JOIN meters m USING (tenant_id, meter)
+JOIN buckets b USING (item_id, period_start)
+WHERE r.place BETWEEN %(first)s AND %(last)s AND m.aggregation = 'last' AND b.events > 0
 ORDER BY r.item_id, r.period_start, b.hour_start DESC
 """
 _NEWEST_REPORTED: LiteralString = """
@@ -217,8 +223,8 @@ WHERE r.place BETWEEN %(first)s AND %(last)s AND e.formula = 'last' AND e.state 
 ORDER BY r.item_id, r.period_start, e.event_at DESC, d.sequence DESC NULLS LAST
 """
 _LIMITS: LiteralString = """
-SELECT stripe_customer, period_end FROM invoice_limits
-WHERE stripe_customer = ANY(%(customers)s) AND final_at <= %(now)s
+SELECT stripe_customer, period_end, final_at FROM invoice_limits
+WHERE stripe_customer = ANY(%(customers)s) AND final_at IS NOT NULL
 """
 
 Place = tuple[UUID, datetime]
@@ -237,8 +243,8 @@ def read_subjects(db: Connection, first: int, last: int, *, now: datetime, grace
         newest = db.execute(_NEWEST, values).fetchall()
         newest_reported = db.execute(_NEWEST_REPORTED, values).fetchall()
         customers = sorted({row[6] for row in books if row[6] is not None})
-        limits = db.execute(_LIMITS, {"customers": customers, "now": now}).fetchall()
-    final = {(customer, utc(end)) for customer, end in limits}
+        limits = db.execute(_LIMITS, {"customers": customers}).fetchall()
+    final = {(customer, utc(end)): at for customer, end, at in limits}
     hours_of: defaultdict[Place, list[Hour]] = defaultdict(list)
     for row in hours:
         hours_of[row[0], row[1]].append(Hour(utc(row[2]), row[3], row[4], row[5], row[6], row[7], row[8]))
@@ -250,6 +256,8 @@ def read_subjects(db: Connection, first: int, last: int, *, now: datetime, grace
     subjects: dict[tuple[Any, ...], Subject] = {}
     for row in books:
         place = row[0], row[1]
+        if not any(row[10:17]) and not row[18] and place not in journals and place not in hours_of:
+            continue  # what a change of calendar has left behind
         subject = _subject(subjects, row, final, now=now, grace=grace)
         subject.items.add(row[0])
         subject.accounts |= accounts[place]
@@ -257,7 +265,9 @@ def read_subjects(db: Connection, first: int, last: int, *, now: datetime, grace
         unit = Decimal(1).scaleb(-row[9])
         if row[8] == "last":
             journaled = _with_reported(journaled, taken.get(place, ZERO))
-            part = of_values(newest_of.get(place), journaled, unit, hours_of[place], row[17])
+            newest_hour = newest_of.get(place)
+            part = of_values(newest_hour, journaled, unit, hours_of[place], row[17])
+            subject.newest = subject.start if newest_hour is None else newest_hour.hour
         else:
             is_max = row[8] == "max"
             part = of_books(
@@ -282,7 +292,7 @@ def read_subjects(db: Connection, first: int, last: int, *, now: datetime, grace
 def _subject(
     subjects: dict[tuple[Any, ...], Subject],
     row: Sequence[Any],
-    final: Collection[tuple[str, datetime]],
+    final: Mapping[tuple[str, datetime], datetime],
     *,
     now: datetime,
     grace: timedelta,
@@ -295,10 +305,11 @@ def _subject(
     if name not in subjects:
         calendar = Calendar.parse(calendar_text)
         end = instant(calendar.period_end(micros(start)))
+        final_at = final.get((stripe_customer, end))
         subjects[name] = Subject(
             tenant_id, customer_ref, meter, utc(start), end, stripe_customer, event_name,
             formula="last" if aggregation == "last" else "sum",
-            is_final=(stripe_customer, end) in final or (calendar.anchored and now >= end + grace),
+            is_final=now >= final_at if final_at is not None else calendar.anchored and now >= end + grace,
             accounts=set() if stripe_customer is None else {Account(stripe_customer, event_name)},
         )  # fmt: skip
     return subjects[name]
@@ -361,72 +372,87 @@ SELECT u.n, (SELECT coalesce(sum(e.amount), 0) FROM meter_events e
                AND e.hour_start >= u.f AND e.hour_start < u.t)
 FROM unnest(%s::text[], %s::text[], %s::timestamptz[], %s::timestamptz[]) WITH ORDINALITY AS u (c, e, f, t, n)
 """
+#: Of formula `last` the newest value counts; of one second, the one that was sent last.
 _ACCOUNT_HOURS: LiteralString = """
-SELECT e.hour_start, e.item_id, e.identifier, e.amount, e.state, e.formula, e.event_at, e.settled_at,
-       d.sequence
-FROM meter_events e LEFT JOIN deltas d ON d.identifier = coalesce(e.replaces, e.identifier)
-WHERE e.stripe_customer = %(customer)s AND e.event_name = %(event)s
-  AND (e.state = 'reported' OR e.state IN ('pending', 'in_flight', 'in_doubt'))
-  AND e.hour_start >= %(first)s AND e.hour_start < %(last)s
+SELECT e.hour_start, coalesce(sum(e.amount) FILTER (WHERE e.state = 'reported'), 0),
+       coalesce(sum(e.amount) FILTER (WHERE young AND e.amount > 0), 0),
+       coalesce(sum(e.amount) FILTER (WHERE young AND e.amount < 0), 0),
+       coalesce(sum(e.amount) FILTER (WHERE e.state = 'in_flight' AND e.amount > 0), 0),
+       coalesce(sum(e.amount) FILTER (WHERE e.state = 'in_flight' AND e.amount < 0), 0),
+       count(*) FILTER (WHERE e.state = 'in_doubt'),
+       array_agg(DISTINCT e.item_id::text || ' ' || extract(epoch FROM e.period_start)),
+       (array_agg(e.amount ORDER BY e.event_at DESC, d.sequence DESC NULLS LAST)
+           FILTER (WHERE e.state = 'reported' AND e.formula = 'last'))[1],
+       min(e.amount) FILTER (WHERE e.state IN ('reported', 'in_flight')),
+       max(e.amount) FILTER (WHERE e.state IN ('reported', 'in_flight')),
+       bool_or(young OR e.state = 'in_flight')
+FROM (SELECT *, state = 'reported' AND settled_at > %(young)s AS young FROM meter_events
+      WHERE stripe_customer = %(customer)s AND event_name = %(event)s
+        AND (state = 'reported' OR state IN ('pending', 'in_flight', 'in_doubt'))
+        AND hour_start >= %(first)s AND hour_start < %(last)s) e
+LEFT JOIN deltas d ON e.formula = 'last' AND d.identifier = coalesce(e.replaces, e.identifier)
+GROUP BY e.hour_start
+"""
+_CANDIDATES: LiteralString = """
+SELECT identifier, amount, item_id, period_start FROM meter_events
+WHERE stripe_customer = %s AND event_name = %s AND state = 'reported' AND hour_start = %s LIMIT %s
 """
 
 Window = tuple[datetime, datetime]
 
 
-def reported_totals(db: Connection, accounts: Mapping[Account, Window]) -> dict[Account, Decimal]:
+def reported_totals(db: Connection, wanted: Sequence[tuple[Account, Window]]) -> list[Decimal]:
     """What Stripe was told of each account within its window, and took; of formula ``sum``."""
-    names = list(accounts)
     rows = db.execute(
         _REPORTED,
         (
-            [one.stripe_customer for one in names],
-            [one.event_name for one in names],
-            [accounts[one][0] for one in names],
-            [accounts[one][1] for one in names],
+            [one.stripe_customer for one, _ in wanted],
+            [one.event_name for one, _ in wanted],
+            [first for _, (first, _) in wanted],
+            [last for _, (_, last) in wanted],
         ),
     ).fetchall()
-    return {names[number - 1]: total for number, total in rows}
+    totals = dict(rows)
+    return [totals[number] for number in range(1, len(wanted) + 1)]
 
 
 def account_hours(
     db: Connection, account: Account, window: Window, *, young_since: datetime
 ) -> dict[datetime, JournalHour]:
     """The journal of an account by hour."""
-    rows = db.execute(
-        _ACCOUNT_HOURS,
-        {
-            "customer": account.stripe_customer,
-            "event": account.event_name,
-            "first": window[0],
-            "last": window[1],
-        },
-    ).fetchall()
-    by_hour: defaultdict[datetime, list[Sequence[Any]]] = defaultdict(list)
-    for row in rows:
-        by_hour[utc(row[0])].append(row)
-    return {hour: _journal_hour(events, young_since) for hour, events in by_hour.items()}
+    values = {
+        "customer": account.stripe_customer,
+        "event": account.event_name,
+        "first": window[0],
+        "last": window[1],
+        "young": young_since,
+    }
+    return {utc(row[0]): _journal_hour(row) for row in db.execute(_ACCOUNT_HOURS, values)}
 
 
-def _journal_hour(rows: Sequence[Sequence[Any]], young_since: datetime) -> JournalHour:
-    reported = [row for row in rows if row[4] == "reported"]
-    young = [row[3] for row in reported if row[7] is not None and row[7] > young_since]
-    flying = [row[3] for row in rows if row[4] == "in_flight"]
+def _journal_hour(row: Sequence[Any]) -> JournalHour:
+    _, reported, young_more, young_less, flying_more, flying_less, doubts, senders, newest, *rest = row
     found = JournalHour(
-        reported=sum((row[3] for row in reported), ZERO),
-        young_more=sum((amount for amount in young if amount > 0), ZERO),
-        young_less=sum((amount for amount in young if amount < 0), ZERO),
-        flying_more=sum((amount for amount in flying if amount > 0), ZERO),
-        flying_less=sum((amount for amount in flying if amount < 0), ZERO),
-        doubts=sum(row[4] == "in_doubt" for row in rows),
-        items=frozenset(row[1] for row in rows),
-        candidates=[(row[2], row[3]) for row in reported[:CANDIDATES_MAX]],
+        reported, young_more, young_less, flying_more, flying_less, doubts, frozenset(map(_sender, senders))
     )
-    if reported and reported[0][5] == "last":
-        newest = max(reported, key=lambda row: (row[6], row[8] or 0))
-        found.reported, found.candidates = newest[3], ()
-        if young or flying:  # any of its values may be the one that is shown
-            amounts = [row[3] for row in rows if row[4] in ("reported", "in_flight")]
-            found.young_more = max(newest[3] - min(amounts), newest[3], ZERO)
-            found.young_less = min(newest[3] - max(amounts), ZERO)
-            found.flying_more = found.flying_less = ZERO
+    least, most, moves = rest
+    if newest is not None:
+        found.reported = newest
+        found.young_more = found.young_less = found.flying_more = found.flying_less = ZERO
+        if moves:  # any of its values may be the one that is shown, or none
+            found.young_more = max(newest - least, newest, ZERO)
+            found.young_less = min(newest - most, ZERO)
     return found
+
+
+def _sender(text: str) -> Sender:
+    item_id, seconds = text.split(" ")
+    return UUID(item_id), instant(int(Decimal(seconds) * 1_000_000))
+
+
+def candidates(db: Connection, account: Account, hour: datetime) -> list[tuple[str, Decimal, Sender]]:
+    """What Stripe took of an hour, by identifier and sender; at most a thousand."""
+    rows = db.execute(
+        _CANDIDATES, (account.stripe_customer, account.event_name, hour, CANDIDATES_MAX)
+    ).fetchall()
+    return [(identifier, amount, (item_id, utc(start))) for identifier, amount, item_id, start in rows]

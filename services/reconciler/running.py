@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
 from services.reconciler import local, storing
 from services.reconciler.asking import Asking, NotKnown, hours_around
 from services.reconciler.judging import (
+    HOUR,
     Account,
     AccountAnswer,
     Period,
@@ -44,7 +45,6 @@ class Limits:
     patience: timedelta
     epsilon: Decimal
     grace: timedelta
-    per_second: float
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Limits:
@@ -53,7 +53,6 @@ class Limits:
             timedelta(seconds=settings.reconcile_patience_seconds),
             Decimal(str(settings.reconcile_epsilon)),
             timedelta(seconds=settings.invoice_grace_seconds),
-            settings.reconcile_rate_per_second,
         )
 
 
@@ -74,7 +73,7 @@ async def reconcile(
         psycopg.OperationalError: PostgreSQL is away; batches that were done are stored.
     """
     began = clock()
-    asking = Asking(stripe, per_second=limits.per_second)
+    asking = Asking(stripe)
     places = await in_thread(database, local.list_items, asked, began)
     found: Counter[State] = Counter()
     for first in range(1, places + 1, local.ACCOUNTS_AT_ONCE):
@@ -93,22 +92,36 @@ async def _batch(
     places: tuple[int, int],
     clock: Callable[[], datetime],
 ) -> Counter[State]:
-    now = clock()
-    subjects = [
-        subject
-        for subject in await asyncio.to_thread(
+    await in_thread(database, _lock)
+    try:
+        now = clock()
+        subjects = await asyncio.to_thread(
             lambda: local.read_subjects(database.connection(), *places, now=now, grace=limits.grace)
         )
-        if asked.period_at is None or subject.start <= asked.period_at < subject.end
-    ]
-    answers = await _ask(database, asking, subjects, limits, now)
-    policy = Policy(clock(), limits.patience, limits.epsilon)
-    verdicts = [
-        (subject, _verdict(subject, [answers[one] for one in sorted(subject.accounts, key=str)], policy))
-        for subject in subjects
-    ]
-    await in_thread(database, storing.store, verdicts, policy.now)
-    return Counter(verdict.state for _, verdict in verdicts)
+        if asked.period_at is not None:
+            subjects = [one for one in subjects if one.start <= asked.period_at < one.end]
+        answers = await _ask(database, asking, subjects, now, now - limits.patience)
+        policy = Policy(now, limits.patience, limits.epsilon)
+        verdicts = [
+            (subject, _verdict(subject, [answers[one] for one in _totals_of(subject, now)], policy))
+            for subject in subjects
+        ]
+        return await in_thread(database, storing.store, verdicts, now)
+    finally:
+        await in_thread(database, _unlock)
+
+
+#: Whoever reads a batch stores it before another reads one: an older finding never replaces a newer.
+_LOCK = "hashtextextended('tidemeter/reconciling', 0)"
+
+
+def _lock(db: local.Connection) -> None:
+    db.execute("SET lock_timeout = '60s'")  # one that was stopped must not stop us
+    db.execute(f"SELECT pg_advisory_lock({_LOCK})")  # noqa: S608  a constant
+
+
+def _unlock(db: local.Connection) -> None:
+    db.execute(f"SELECT pg_advisory_unlock({_LOCK})")  # noqa: S608  a constant
 
 
 def _verdict(subject: Subject, answers: Sequence[AccountAnswer], policy: Policy) -> Verdict:
@@ -118,76 +131,114 @@ def _verdict(subject: Subject, answers: Sequence[AccountAnswer], policy: Policy)
         end=subject.end,
         is_final=subject.is_final,
         has_customer=subject.stripe_customer is not None or bool(subject.accounts),
+        newest=subject.newest,
     )
     return judge(period, subject.parts, answers, policy)
 
 
 # -- Stripe ------------------------------------------------------------------------------------------------
 
+#: What is asked for: an account in the full hours around a period.
+Total = tuple[Account, Window]
+
+
+def _totals_of(subject: Subject, now: datetime) -> list[Total]:
+    window = hours_around(subject.start, subject.end, now)
+    return [(account, window) for account in sorted(subject.accounts, key=str)]
+
 
 async def _ask(
-    database: Database, asking: Asking, subjects: Sequence[Subject], limits: Limits, now: datetime
-) -> Mapping[Account, AccountAnswer]:
-    """What Stripe says of every account that a subject was or is billed to."""
-    about: defaultdict[Account, list[Subject]] = defaultdict(list)
+    database: Database, asking: Asking, subjects: Sequence[Subject], now: datetime, young_since: datetime
+) -> Mapping[Total, AccountAnswer]:
+    """What Stripe says of every account that a subject was or is billed to, in the hours of its period.
+
+    One number first. Where that differs, and what is still moving alone explains it, only the last hours.
+    """
+    formulas: defaultdict[Total, set[str]] = defaultdict(set)
     for subject in subjects:
-        for account in subject.accounts:
-            about[account].append(subject)
-    windows = {
-        account: hours_around(min(one.start for one in ones), max(one.end for one in ones), now)
-        for account, ones in about.items()
-    }
-    totals = dict(
-        zip(
-            about,
-            await asyncio.gather(
-                *(_total(asking, account, ones, windows) for account, ones in about.items())
-            ),
-            strict=True,
-        )
-    )
-    told = await in_thread(database, local.reported_totals, windows)
-    answers: dict[Account, AccountAnswer] = {}
-    for account, total in totals.items():
-        if isinstance(total, AccountAnswer):
-            answers[account] = total
-        elif total[1] is not None and same(told[account], total[1]):
-            answers[account] = AccountAnswer()
+        for total in _totals_of(subject, now):
+            formulas[total].add(subject.formula)
+    found = await asyncio.gather(*(_total(asking, *one, formulas[one]) for one in formulas))
+    told = await in_thread(database, local.reported_totals, list(formulas))
+    answers: dict[Total, AccountAnswer] = {}
+    differing: dict[Total, MeterAtStripe] = {}
+    for one, answer, ours in zip(formulas, found, told, strict=True):
+        if isinstance(answer, AccountAnswer):
+            answers[one] = answer
+        elif answer[1] is not None and same(ours, answer[1]):
+            answers[one] = AccountAnswer()
         else:
-            young_since = now - limits.patience
-            answers[account] = await _by_hour(
-                database, asking, account, total[0], windows[account], young_since
-            )
+            differing[one] = answer[0]
+    answers.update(await _differing(database, asking, differing, now, young_since))
     return answers
 
 
 async def _total(
-    asking: Asking, account: Account, subjects: Sequence[Subject], windows: Mapping[Account, Window]
+    asking: Asking, account: Account, window: Window, formulas: set[str]
 ) -> AccountAnswer | tuple[MeterAtStripe, Decimal | None]:
     """The meter, and Stripe's one number of the window; a ``last`` meter has none that says something."""
     try:
-        meter = await asking.meter_of(account.event_name, {one.formula for one in subjects})
+        meter = await asking.meter_of(account.event_name, formulas)
         if meter.formula == "last":
             return meter, None
-        return meter, await asking.shown(meter, account.stripe_customer, windows[account])
+        return meter, await asking.shown(meter, account.stripe_customer, window)
     except NotKnown as error:
         return AccountAnswer(unknown=error.reason)
 
 
-async def _by_hour(
+async def _differing(
     database: Database,
     asking: Asking,
+    differing: Mapping[Total, MeterAtStripe],
+    now: datetime,
+    young_since: datetime,
+) -> dict[Total, AccountAnswer]:
+    """The hours of accounts whose total differs; of those that differ lately only, the last few."""
+    parts = {one: _settled_part(one[1], now) for one in differing}
+    asked = {one: part for one, part in parts.items() if part and differing[one].formula != "last"}
+    settled = await asyncio.gather(*(_total(asking, one[0], part, {"sum"}) for one, part in asked.items()))
+    told = await in_thread(database, local.reported_totals, [(one[0], part) for one, part in asked.items()])
+    windows = {one: one[1] for one in differing}
+    for one, answer, ours in zip(asked, settled, told, strict=True):
+        if not isinstance(answer, AccountAnswer) and answer[1] is not None and same(ours, answer[1]):
+            windows[one] = (asked[one][1], one[1][1])
+    hours = await asyncio.gather(*(_hours(asking, differing[one], one[0], windows[one]) for one in differing))
+    return {
+        one: shown
+        if isinstance(shown, AccountAnswer)
+        else await asyncio.to_thread(_compared, database, one[0], windows[one], shown, young_since)
+        for one, shown in zip(differing, hours, strict=True)
+    }
+
+
+def _settled_part(window: Window, now: datetime) -> Window | None:
+    """The hours of a window in which nothing should be moving any more."""
+    until = hours_around(now, now, now)[0] - 2 * HOUR
+    return (window[0], until) if window[0] < until < window[1] else None
+
+
+async def _hours(
+    asking: Asking, meter: MeterAtStripe, account: Account, window: Window
+) -> AccountAnswer | Mapping[datetime, Decimal]:
+    try:
+        return await asking.shown_by_hour(meter, account.stripe_customer, window)
+    except NotKnown as error:
+        return AccountAnswer(unknown=error.reason)
+
+
+def _compared(
+    database: Database,
     account: Account,
-    meter: MeterAtStripe,
     window: Window,
+    shown: Mapping[datetime, Decimal],
     young_since: datetime,
 ) -> AccountAnswer:
     """Stripe first, our journal after it: see ``local``."""
-    try:
-        shown = await asking.shown_by_hour(meter, account.stripe_customer, window)
-    except NotKnown as error:
-        return AccountAnswer(unknown=error.reason)
-    journal = await asyncio.to_thread(
-        lambda: local.account_hours(database.connection(), account, window, young_since=young_since)
+    db = database.connection()
+    journal = local.account_hours(db, account, window, young_since=young_since)
+    return AccountAnswer(
+        [
+            replace(one, candidates=local.candidates(db, account, one.hour)) if one.missing > 0 else one
+            for one in compare_hours(journal, shown)
+        ]
     )
-    return AccountAnswer(compare_hours(journal, shown))

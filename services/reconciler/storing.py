@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, LiteralString
 
-from services.reconciler.judging import Finding, Verdict
+from services.reconciler.judging import Finding, State, Verdict
 from services.reconciler.local import Connection, Subject
 from services.streaming import outbox
 from services.streaming.reconciliation import Asked
@@ -40,39 +41,53 @@ ON CONFLICT (tenant_id, customer_ref, meter, period_start) DO UPDATE SET
     is_final = excluded.is_final, counted = excluded.counted, waiting = excluded.waiting,
     local = excluded.local, stripe = excluded.stripe, diff_abs = excluded.diff_abs,
     diff_pct = excluded.diff_pct, findings = excluded.findings, checked_at = excluded.checked_at,
+    is_dismissed = false,
     since = CASE WHEN r.state = excluded.state THEN r.since ELSE excluded.since END
 """
 
 #: The newest of each: earlier ones are closed.
 _NEWEST: LiteralString = """
-SELECT DISTINCT ON (u.n) u.n, s.suggestion_id, s.state, s.kind, s.amount
+SELECT DISTINCT ON (u.n) u.n, s.suggestion_id, s.state, s.kind, s.amount, s.is_told
 FROM unnest(%s::text[], %s::text[], %s::text[], %s::timestamptz[]) WITH ORDINALITY AS u (t, c, m, p, n)
 JOIN reconciliation_suggestions s
   ON (s.tenant_id, s.customer_ref, s.meter, s.period_start) = (u.t, u.c, u.m, u.p)
 ORDER BY u.n, s.suggestion_id DESC
 """
+_DISMISSED: LiteralString = """
+UPDATE reconciliations SET is_dismissed = true
+WHERE (tenant_id, customer_ref, meter, period_start) = (%(tenant)s, %(customer)s, %(meter)s, %(start)s)
+"""
 _SUGGEST: LiteralString = """
 INSERT INTO reconciliation_suggestions
-    (tenant_id, customer_ref, meter, period_start, kind, amount, created_at, updated_at)
-VALUES (%(tenant)s, %(customer)s, %(meter)s, %(start)s, %(kind)s, %(amount)s, %(now)s, %(now)s)
+    (tenant_id, customer_ref, meter, period_start, kind, amount, is_told, created_at, updated_at)
+VALUES (%(tenant)s, %(customer)s, %(meter)s, %(start)s, %(kind)s, %(amount)s, %(kind)s = 'replay',
+        %(now)s, %(now)s)
 ON CONFLICT DO NOTHING RETURNING suggestion_id
 """
 _CHANGE: LiteralString = """
-UPDATE reconciliation_suggestions SET kind = %(kind)s, amount = %(amount)s, updated_at = %(now)s
+UPDATE reconciliation_suggestions SET kind = %(kind)s, amount = %(amount)s, updated_at = %(now)s,
+    is_told = is_told OR %(kind)s = 'replay'
 WHERE suggestion_id = %(id)s AND state = 'open' AND (kind, amount) IS DISTINCT FROM (%(kind)s, %(amount)s)
 """
 _RESOLVE: LiteralString = """
 UPDATE reconciliation_suggestions SET state = 'resolved', closed_at = %(now)s, closed_by = 'reconciler'
 WHERE suggestion_id = %(id)s AND state = 'open'
 """
-#: What was not found again, though everything of its kind was looked at, is not there any more.
+#: Periods that hold nothing any more, as after a change of calendar, and were not found again.
 _FORGET: LiteralString = """
 WITH gone AS (
-    DELETE FROM reconciliations
+    DELETE FROM reconciliations r
     WHERE checked_at < %(began)s AND period_end >= %(began)s - interval '39 days'
       AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
       AND (%(meters)s::text[] IS NULL OR meter = ANY(%(meters)s))
       AND (%(customer)s::text IS NULL OR customer_ref = %(customer)s)
+      AND NOT EXISTS (
+          SELECT FROM items i WHERE (i.tenant_id, i.meter, i.customer_ref)
+              = (r.tenant_id, r.meter, r.customer_ref) AND (
+              EXISTS (SELECT FROM buckets b WHERE (b.item_id, b.period_start) = (i.item_id, r.period_start)
+                      AND (b.events > 0 OR b.total <> 0 OR b.pushed <> 0))
+              OR EXISTS (SELECT FROM meter_events e
+                         WHERE (e.item_id, e.period_start) = (i.item_id, r.period_start))))
     RETURNING tenant_id, customer_ref, meter, period_start)
 UPDATE reconciliation_suggestions s SET state = 'resolved', closed_at = %(began)s, closed_by = 'reconciler'
 FROM gone WHERE (s.tenant_id, s.customer_ref, s.meter, s.period_start)
@@ -86,20 +101,26 @@ def item_label(tenant_id: str, customer_ref: str, meter: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def store(db: Connection, found: Iterable[tuple[Subject, Verdict]], now: datetime) -> None:
+def store(db: Connection, found: Iterable[tuple[Subject, Verdict]], now: datetime) -> Counter[State]:
     """Keep a batch in one transaction, with the suggestions and ops events that follow from it.
+
+    Returns how many periods are in which state; a drift that somebody has dismissed counts as ``adjust``.
 
     Whoever writes the finding of a period holds its row, so two runs at once do not suggest twice.
     """
     rows = sorted((_values(subject, verdict, now) for subject, verdict in found), key=_name)
     if not rows:
-        return
+        return Counter()
     with db.transaction():
         db.cursor().executemany(_KEPT, rows)
         newest = _newest_suggestions(db, rows)
         events = [event for row in rows for event in _suggest(db, row, newest.get(_name(row)))]
         if events:
             outbox.enqueue(db, PRODUCER, events)
+    return Counter(
+        "adjust" if row["state"] == "drift" and is_dismissed(row, newest.get(_name(row))) else row["state"]
+        for row in rows
+    )
 
 
 def _name(row: dict[str, Any]) -> tuple[str, str, str, datetime]:
@@ -114,6 +135,7 @@ class Suggested:
     state: str
     kind: str
     amount: Decimal
+    is_told: bool
 
 
 def _newest_suggestions(
@@ -182,11 +204,8 @@ def _suggest(db: Connection, row: dict[str, Any], newest: Suggested | None) -> l
         return _follow(db, row, newest)
     if row["state"] == "ok":
         return []
-    if newest is not None and (newest.state, newest.kind, newest.amount) == (
-        "dismissed",
-        row["kind"],
-        row["amount"],
-    ):
+    if is_dismissed(row, newest):
+        db.execute(_DISMISSED, row)
         return []
     opened = db.execute(_SUGGEST, row).fetchone()
     if opened is None or row["kind"] != "replay":
@@ -194,16 +213,25 @@ def _suggest(db: Connection, row: dict[str, Any], newest: Suggested | None) -> l
     return [_event("reconciliation_drift", row, opened[0])]
 
 
+def is_dismissed(row: dict[str, Any], newest: Suggested | None) -> bool:
+    """Whether somebody has settled this very difference."""
+    return newest is not None and (newest.state, newest.kind, newest.amount) == (
+        "dismissed",
+        row["kind"],
+        row["amount"],
+    )
+
+
 def _follow(db: Connection, row: dict[str, Any], was: Suggested) -> list[OutboxRow]:
     """What becomes of an open suggestion."""
     values = {**row, "id": was.suggestion_id}
     if row["state"] == "ok":
         resolved = db.execute(_RESOLVE, values).rowcount
-        told = resolved and was.kind == "replay"
+        told = resolved and was.is_told
         return [_event("reconciliation_resolved", row, was.suggestion_id)] if told else []
     changed = db.execute(_CHANGE, values).rowcount
-    became_drift = changed and was.kind != "replay" and row["kind"] == "replay"
-    return [_event("reconciliation_drift", row, was.suggestion_id)] if became_drift else []
+    is_new = changed and row["kind"] == "replay" and not was.is_told
+    return [_event("reconciliation_drift", row, was.suggestion_id)] if is_new else []
 
 
 def _event(name: str, row: dict[str, Any], suggestion_id: int) -> OutboxRow:

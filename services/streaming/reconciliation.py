@@ -18,6 +18,7 @@ from services.streaming.parking import audit
 from services.streaming.replays import Text, Time
 from services.wire.decimals import plain
 from services.wire.errors import Misconfigured, TidemeterError
+from services.wire.settings import Settings
 from services.wire.times import moment, utc
 
 Connection = psycopg.Connection[Any]
@@ -167,6 +168,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     findings: list[Finding]
     suggestion: Suggestion | None
     replay: Annotated[ReplayPlan | None, msgspec.Meta(description="Of `drift`.")]
+    dismissed: Annotated[bool, msgspec.Meta(description="Somebody has settled this very difference.")]
     since: Annotated[datetime, msgspec.Meta(description="It has been in this state since then.")]
     checked_at: datetime
 
@@ -201,34 +203,57 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     periods: Annotated[list[Item], msgspec.Meta(description="The worst first, at most `limit`.")]
 
 
+#: Without a period, those that Stripe may still take usage of; what was found too long ago is not known.
 _CHOSEN: LiteralString = """
-SELECT * FROM reconciliations
-WHERE (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
-  AND (%(meters)s::text[] IS NULL OR meter = ANY(%(meters)s))
-  AND (%(customer)s::text IS NULL OR customer_ref = %(customer)s)
-  AND (%(period)s::timestamptz IS NULL OR (period_start <= %(period)s AND %(period)s < period_end))
-  AND (%(state)s::text IS NULL OR state = %(state)s)
+SELECT tenant_id, customer_ref, meter, period_start, period_end, item, event_name, stripe_customer,
+       is_final, counted, waiting, local, stripe, findings, since, checked_at, is_dismissed,
+       CASE WHEN fresh THEN state ELSE 'unknown' END AS state,
+       CASE WHEN fresh THEN reason ELSE 'stale' END AS reason,
+       CASE WHEN fresh THEN diff_abs END AS diff_abs, CASE WHEN fresh THEN diff_pct END AS diff_pct
+FROM (SELECT *, checked_at >= %(fresh)s AS fresh FROM reconciliations
+      WHERE (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
+        AND (%(meters)s::text[] IS NULL OR meter = ANY(%(meters)s))
+        AND (%(customer)s::text IS NULL OR customer_ref = %(customer)s)
+        AND CASE WHEN %(period)s::timestamptz IS NULL THEN period_end >= %(fresh)s - interval '39 days'
+            ELSE period_start <= %(period)s AND %(period)s < period_end END) r
 """
 _NUMBERS: LiteralString = f"""
-SELECT state, count(*), sum(local), sum(stripe), sum(diff_abs), max(diff_pct), min(checked_at),
+SELECT CASE WHEN state = 'drift' AND is_dismissed THEN 'adjust' ELSE state END, count(*), sum(local),
+       sum(stripe), sum(diff_abs), max(diff_pct), min(checked_at),
        array_agg(DISTINCT reason) FILTER (WHERE reason IS NOT NULL), min(meter), max(meter)
-FROM ({_CHOSEN}) r GROUP BY state
+FROM ({_CHOSEN}) r GROUP BY 1
 """  # noqa: S608  constants only
 _LISTED: LiteralString = f"""
 SELECT r.*, s.suggestion_id, s.kind, s.amount, s.created_at, s.updated_at
 FROM ({_CHOSEN}) r LEFT JOIN reconciliation_suggestions s
   ON (s.tenant_id, s.customer_ref, s.meter, s.period_start)
      = (r.tenant_id, r.customer_ref, r.meter, r.period_start) AND s.state = 'open'
-ORDER BY array_position(ARRAY['drift', 'unknown', 'adjust', 'ok'], r.state), r.diff_pct DESC NULLS LAST,
-         r.tenant_id, r.meter, r.customer_ref, r.period_start DESC LIMIT %(limit)s
+WHERE %(state)s::text IS NULL OR r.state = %(state)s
+ORDER BY array_position(ARRAY['drift', 'unknown', 'adjust', 'ok'], r.state), r.is_dismissed,
+         r.diff_pct DESC NULLS LAST, r.tenant_id, r.meter, r.customer_ref, r.period_start DESC
+LIMIT %(limit)s
 """  # noqa: S608  constants only
+
+#: A finding is good for so many intervals, and for an hour at least.
+GOOD_FOR_INTERVALS = 3
+
+
+def good_for(settings: Settings) -> timedelta:
+    """How long a finding says something."""
+    return timedelta(seconds=max(3600.0, GOOD_FOR_INTERVALS * settings.reconcile_interval_seconds))
 
 
 def summarise(
-    db: Connection, asked: Asked, *, epsilon: Decimal, state: State | None = None, limit: int = SHOWN_MAX
+    db: Connection,
+    asked: Asked,
+    settings: Settings,
+    *,
+    now: datetime,
+    state: State | None = None,
+    limit: int = SHOWN_MAX,
 ) -> Summary:
-    """What was found last; Stripe is not asked."""
-    values = {**asked.values(), "state": state, "limit": limit}
+    """What was found last; Stripe is not asked. ``state`` restricts the list, not the numbers."""
+    values = {**asked.values(), "state": state, "limit": limit, "fresh": now - good_for(settings)}
     numbers = db.execute(_NUMBERS, values).fetchall()
     rows = db.cursor(row_factory=dict_row).execute(_LISTED, values).fetchall()
     by_state: dict[State, int] = {row[0]: row[1] for row in numbers}
@@ -240,7 +265,7 @@ def summarise(
         metric=asked.meters[0] if len(asked.meters) == 1 else None,
         state=worst(by_state),
         reason="not_reconciled" if not numbers else ", ".join(reasons) or None,
-        epsilon=epsilon,
+        epsilon=Decimal(str(settings.reconcile_epsilon)),
         items=Totals(**by_state),
         local=_sum(numbers, 2) if known else None,
         stripe=_sum(numbers, 3) if known else None,
@@ -276,6 +301,7 @@ def _item(row: Row) -> Item:
         findings=findings,
         suggestion=_suggestion(row),
         replay=_plan(row, findings) if row["state"] == "drift" else None,
+        dismissed=row["is_dismissed"],
         since=utc(row["since"]),
         checked_at=utc(row["checked_at"]),
         **{name: row[name] for name in _PLAIN_FIELDS},
@@ -331,6 +357,13 @@ def _number_or_none(value: Decimal | None) -> Decimal | None:
 # -- Suggestions -------------------------------------------------------------------------------------------
 
 
+_DISMISSED: LiteralString = """
+UPDATE reconciliations r SET is_dismissed = true FROM reconciliation_suggestions s
+WHERE s.suggestion_id = %s AND (r.tenant_id, r.customer_ref, r.meter, r.period_start)
+    = (s.tenant_id, s.customer_ref, s.meter, s.period_start)
+"""
+
+
 def dismiss(
     db: Connection, suggestion_id: int, *, by: str, note: str, now: datetime, only_tenant: str | None = None
 ) -> bool | None:
@@ -353,6 +386,7 @@ def dismiss(
             "note = %s WHERE suggestion_id = %s",
             (now, by, note, suggestion_id),
         )
+        db.execute(_DISMISSED, (suggestion_id,))
         audit(db, by, "reconciliation.dismiss", str(suggestion_id), {"note": note})
     return True
 
@@ -406,17 +440,28 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def request_run(db: Connection, asked: Asked, *, by: str) -> int:
-    """Ask for a run; returns its id. One of the same scope that nobody has begun yet is that one."""
+    """Ask for a run; returns its id. One of the same scope that nobody has begun yet is that one.
+
+    Raises:
+        RefusedReconciliation: ``too_many_runs``: enough of this tenant, or of nobody's, wait already.
+    """
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(hashtextextended('tidemeter/reconciliation-requests', 0))")
         row = db.execute(_SAME, asked.values()).fetchone()
         if row is None:
+            [waiting] = db.execute(_WAITING, (asked.tenant_id,)).fetchone() or (0,)
+            if waiting >= WAITING_MAX:
+                raise RefusedReconciliation("too_many_runs", "enough of them wait already", "")
             row = db.execute(_REQUEST, {**asked.values(), "by": by}).fetchone()
         assert row is not None  # noqa: S101  (for the type checker)
         audit(db, by, "reconciliation.run", str(row[0]), {"tenant": asked.tenant_id})
         return int(row[0])
 
 
+WAITING_MAX = 10
+_WAITING: LiteralString = (
+    "SELECT count(*) FROM reconciliation_runs WHERE finished_at IS NULL AND tenant_id IS NOT DISTINCT FROM %s"
+)
 _SAME: LiteralString = """
 SELECT run_id FROM reconciliation_runs WHERE state = 'requested'
   AND (tenant_id, meters, customer_ref, period_at)

@@ -135,7 +135,7 @@ RECON_DIFF_PCT = Snapshot(
 #: Items and periods by what was found. Worry when unknown stays above 0; page someone for drift.
 RECON_ITEMS = Gauge("tidemeter_reconciliation_items", "Items and periods by what was found.", ["state"])
 #: Reconciliations by how they ended. Worry when done stops growing.
-RECON_RUNS = Counter("recon_runs", "Reconciliations that have ended.", ["result"])
+RECON_RUNS = Counter("recon_runs", "Reconciliations that have ended, of all or a part.", ["result", "scope"])
 #: Time of one reconciliation, seconds.
 RECON_SECONDS = Histogram(
     "recon_duration_seconds",
@@ -150,7 +150,9 @@ for _metric, _values in (
     (WEBHOOK_ATTEMPTS, ("succeeded", "stale", "failed", "dead", "superseded")),
     (NOTIFICATIONS, ("sent", "refused", "unknown", "dead")),
     (REPLAY_RECORDS, ("read", "total")),
-    (RECON_RUNS, ("done", "failed")),
 ):
     for _value in _values:
         _metric.labels(_value)
+for _result in ("done", "failed"):
+    for _scope in ("all", "part"):
+        RECON_RUNS.labels(_result, _scope)

@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import stripe
+from aiolimiter import AsyncLimiter
 
 from services.wire import metrics
 from services.wire.errors import Transient
@@ -57,16 +58,24 @@ class MeterAtStripe:
 class StripeReader:
     """One Stripe account and those connected to it. Must be used from one event loop."""
 
-    def __init__(self, api_key: str, *, api_base: str | None, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        api_key: str,
+        *,
+        api_base: str | None,
+        timeout_seconds: float,
+        per_second: float | None = None,
+    ) -> None:
         stripe.enable_telemetry = False
         self._key = api_key
         self._base = api_base
         self._timeout_seconds = timeout_seconds
+        self._pace = None if per_second is None else AsyncLimiter(per_second, 1)
         self._client: stripe.StripeClient | None = None
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> StripeReader:
-        """The account that the operator configured.
+    def from_settings(cls, settings: Settings, *, per_second: float | None = None) -> StripeReader:
+        """The account that the operator configured. ``per_second``: calls, at most.
 
         Raises:
             Misconfigured: no key, or a live key that was not allowed.
@@ -75,6 +84,7 @@ class StripeReader:
             settings.stripe_key(),
             api_base=settings.stripe_api_base,
             timeout_seconds=settings.stripe_timeout_seconds,
+            per_second=per_second,
         )
 
     async def charge(self, charge_id: str, account: str) -> stripe.Charge:
@@ -174,6 +184,8 @@ class StripeReader:
             await self._transport.close_async()
 
     async def _read(self, call: Callable[[stripe.StripeClient], Awaitable[T]]) -> T:
+        if self._pace is not None:
+            await self._pace.acquire()
         with metrics.STRIPE_SECONDS.time():
             try:
                 async with asyncio.timeout(self._timeout_seconds):

@@ -110,7 +110,7 @@ class Scene:
         return asyncio.run(go())
 
     def summary(self, **asked: Any) -> Summary:
-        return summarise(self.books.db, Asked(**asked), epsilon=self.limits.epsilon)
+        return summarise(self.books.db, Asked(**asked), load_settings(), now=self.world.now())
 
     def found(self, meter: str = "requests", customer: str = "cus_1", **more: Any) -> Item:
         """Reconcile; the one finding of this customer and meter."""
@@ -140,7 +140,7 @@ def open_scene(dsn: str, config: SimulatorConfig | None = None) -> Iterator[Scen
     with open_world(dsn, config) as world, open_books(dsn, now=now) as books:
         books.db.execute("TRUNCATE deltas, item_periods, buckets, items, outbox")
         scene = Scene(books, world, dsn, Limits.from_settings(load_settings()))
-        scene.limits = replace(scene.limits, patience=timedelta(0), per_second=1000)
+        scene.limits = replace(scene.limits, patience=timedelta(0))
         declare(scene, "requests")
         yield scene
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from services.reconciler.agent import Gauges
+from services.reconciler.local import list_items, read_subjects
 from services.streaming.reconciliation import Asked, dismiss
 from services.wire import metrics
 from services.wire.settings import load_settings
@@ -186,22 +187,42 @@ def test_a_counter_that_was_changed_by_hand_is_drift_with_a_ready_replay_of_its_
     }  # fmt: skip
 
 
-def test_a_final_period_has_to_be_exact(scene: Scene) -> None:
-    """Its end and the grace are over: one in a thousand is drift then."""
-    now = scene.world.now()
-    anchor = (now - timedelta(hours=5)).replace(minute=0, second=0, microsecond=0)
-    scene.books.customer("cus_1", f"1 day UTC {anchor - timedelta(days=3):%Y-%m-%dT%H:%M:%SZ}")
-    stripe_id = scene.sql("SELECT stripe_customer FROM customers")[0][0]
-    scene.world.stripe.seed(customers=[stripe_id])
-    scene.use("a", hours_ago(8), 1000)  # the period that ended five hours ago
-    scene.books.settle()
-    scene.sql("UPDATE meter_events SET state = 'cancelled' WHERE false")
-    scene.world.stripe  # noqa: B018
-    [carried] = scene.sql("SELECT sum(amount) FROM carry_forwards")
-    assert carried[0] == 1000  # it came after its last safe moment
+def test_a_final_period_has_to_be_exact_and_another_one_never_makes_up_for_it(scene: Scene) -> None:
+    """Stripe lacks 5 of the period that is over and shows 5 too many in the one that goes on."""
+    now = scene.world.now().replace(minute=0, second=0, microsecond=0)
+    anchor = now - timedelta(hours=20)
+    scene.sql(
+        "INSERT INTO customers (tenant_id, customer_ref, stripe_customer, calendar) "
+        "VALUES ('acme', 'x', 'cus_5', %s)",
+        f"1 day UTC {anchor - timedelta(days=9):%Y-%m-%dT%H:%M:%SZ}",
+    )
+    scene.use("a", hours_ago(25), 1000, customer_ref="x")
+    scene.use("b", hours_ago(3), 500, customer_ref="x")
+    scene.sql("UPDATE meter_events SET push_before = NULL")
+    scene.books.now = (anchor - timedelta(hours=1)).replace(tzinfo=None).isoformat()
+    record(scene, scene.books.close())
+    scene.bill()
     scene.reconcile()
-    states = {item.period_start: (item.final, item.state, item.local) for item in scene.summary().periods}
-    assert (True, "ok", 0) in states.values()
+    found = {item.period_start: item for item in scene.summary().periods}
+    old, new = found[anchor - timedelta(days=1)], found[anchor]
+    assert [(one.final, one.state, one.local) for one in (old, new)] == [
+        (True, "ok", 1000),
+        (False, "ok", 500),
+    ]
+    write_at_stripe(scene, "-1", hours_ago(25), customer="cus_5")
+    write_at_stripe(scene, "1", hours_ago(3), customer="cus_5")
+    scene.reconcile()
+    found = {item.period_start: item for item in scene.summary().periods}
+    old, new = found[anchor - timedelta(days=1)], found[anchor]
+    assert [(one.state, one.diff_abs) for one in (old, new)] == [("drift", 1), ("adjust", 1)]
+
+
+def record(scene: Scene, deltas: list[Any]) -> None:
+    """The deltas of an earlier closing, sent as if their last safe moment had not passed."""
+    assert deltas
+    scene.close()
+    scene.damage("UPDATE meter_events SET push_before = NULL, period_end = period_end + interval '30 days'")
+    scene.send()
 
 
 def test_failed_pushes_are_the_cause_until_they_are_sent_again(scene: Scene) -> None:
@@ -270,7 +291,10 @@ def test_what_somebody_dismissed_comes_back_only_as_another_amount(scene: Scene)
     assert dismiss(scene.books.db, suggestion.id, **settle) is True
     assert dismiss(scene.books.db, suggestion.id, **settle) is False
     assert scene.found().suggestion is None
-    assert scene.stored().state == "drift"
+    item = scene.stored()
+    assert (item.state, item.dismissed) == ("drift", True)
+    summary = scene.summary()
+    assert (summary.state, summary.items.adjust) == ("adjust", 1)  # nobody is paged for it
     write_at_stripe(scene, "1", at)
     again = scene.found().suggestion
     assert again is not None and (again.id != suggestion.id, again.amount) == (True, -3)
@@ -334,7 +358,7 @@ def test_half_of_the_pages_is_unknown(scene: Scene) -> None:
     for number in range(150):
         scene.use(f"a{number}", hours_ago(number + 1), 1)
     scene.bill()
-    write_at_stripe(scene, "3", hours_ago(2))  # so that it is asked for the hours
+    write_at_stripe(scene, "3", hours_ago(140))  # so that it is asked for all the hours
     with broken_stripe(scene, lambda path: "starting_after" in path, {"status": 500}) as base:
         items = {item.state for item in (scene.reconcile(base=base), scene.summary().periods)[1]}
         assert items == {"unknown"}
@@ -423,6 +447,51 @@ def test_what_was_found_long_ago_is_not_known_any_more(scene: Scene) -> None:
     gauges._show(scene.books.db)
     assert all(math.isnan(value) for _, value in metrics.RECON_DIFF_ABS._rows)
     assert metrics.RECON_ITEMS.labels("unknown")._value.get() == 1
+
+
+def test_a_summary_of_long_ago_is_not_known_either(scene: Scene) -> None:
+    scene.use("a", hours_ago(1), 5)
+    scene.bill()
+    assert scene.found().state == "ok"
+    scene.world.advance(timedelta(hours=2))
+    summary = scene.summary()
+    assert (summary.state, summary.reason, summary.diff_abs) == ("unknown", "stale", None)
+    assert scene.stored().diff_pct is None
+
+
+def test_what_is_counted_between_the_list_and_the_batch_is_no_drift(scene: Scene) -> None:
+    """The item was clean when the run listed it."""
+    scene.use("a", hours_ago(2), 5)
+    scene.bill()
+    places = list_items(scene.books.db, Asked(), scene.world.now())
+    scene.use("b", hours_ago(1), 7)
+    [subject] = read_subjects(scene.books.db, 1, places, now=scene.world.now(), grace=timedelta(hours=1))
+    [part] = subject.parts
+    assert (part.findings, part.waiting, part.reported) == ([], 7, 5)
+
+
+def test_a_change_of_calendar_leaves_no_period_behind_that_differs(scene: Scene) -> None:
+    declare(scene, "level", "last")
+    scene.sql(
+        "INSERT INTO customers (tenant_id, customer_ref, stripe_customer) VALUES ('acme', 'x', 'cus_6')"
+    )
+    for number in range(3):
+        scene.use(f"a{number}", hours_ago(26 * number), 5, customer_ref="x")
+        scene.use(f"b{number}", hours_ago(26 * number), 7 + number, "level", customer_ref="x")
+    scene.bill()
+    assert scene.reconcile() == {"ok": 2}
+    anchor = scene.world.now().replace(minute=0, second=0, microsecond=0) - timedelta(days=9, hours=5)
+    scene.sql(
+        "UPDATE customers SET calendar = %s WHERE customer_ref = 'x'",
+        f"1 month UTC {anchor:%Y-%m-%dT%H:%M:%SZ}",
+    )
+    scene.books.now = scene.world.now().replace(tzinfo=None).isoformat()
+    assert scene.books.change_periods() == 2
+    scene.bill()
+    scene.reconcile()
+    assert {(item.metric, item.state, item.period_start) for item in scene.summary().periods} == {
+        ("requests", "ok", anchor), ("level", "ok", anchor),
+    }  # fmt: skip
 
 
 # Who shares a total -------------------------------------------------------------------------------------

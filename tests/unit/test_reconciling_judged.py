@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -26,6 +27,7 @@ from services.reconciler.judging import (
     judge,
     named,
     of_books,
+    of_values,
     relative,
 )
 
@@ -49,8 +51,8 @@ def hour(
 ) -> HourDifference:
     told = Decimal(reported)
     return HourDifference(
-        START + timedelta(hours=number), Decimal(missing), explained, told, told - Decimal(missing),
-        frozenset({"item"}),
+        START + timedelta(hours=number), Decimal(missing), explained, False, told,
+        frozenset({("item", START)}),
     )  # fmt: skip
 
 
@@ -178,6 +180,51 @@ def test_more_sent_than_there_is_is_a_deficit() -> None:
     assert found.findings == [Finding("deficit", Decimal(-2))]
 
 
+def test_what_waits_for_closing_makes_up_for_a_deficit_first() -> None:
+    """A late use of a value moves it to an earlier hour: one hour fell and is closed, the other waits."""
+    waits = Hour(START, Decimal(1), ZERO, ZERO, ZERO, True)
+    books = Books(Decimal(10), Decimal(9), ZERO, Decimal(-1), Decimal(10), Decimal(1), False, (waits,))
+    found = of_books(books, Journal(reported=Decimal(10)), NOW)
+    assert (found.findings, found.waiting) == ([], 0)
+
+
+def test_a_last_value_that_falls_to_nothing_is_under_way_and_no_drift() -> None:
+    newest = Hour(START, ZERO, ZERO, ZERO, ZERO, False)
+    journal = Journal(reported=Decimal(7), pending=ZERO, waits_since=NOW)
+    found = of_values(newest, journal, Decimal(1), (), None)
+    assert (found.findings, found.waiting) == ([], -7)
+
+
+def test_an_hour_that_differs_and_holds_a_push_in_doubt_is_in_doubt_whoever_sent_it() -> None:
+    doubted = replace(hour(0, "-5"), doubted=True)
+    assert judge(period(), [part()], [AccountAnswer([doubted])], POLICY).reason == "in_doubt"
+
+
+def test_an_hour_on_the_edge_belongs_to_the_period_that_sent_in_it() -> None:
+    edge = replace(hour(0, "5"), senders=frozenset({("item", START - timedelta(days=30))}))
+    assert judge(period(), [part()], [AccountAnswer([edge])], POLICY).state == "ok"
+
+
+def test_of_a_last_meter_only_the_newest_hour_has_an_amount() -> None:
+    last = replace(period(), newest=START + timedelta(hours=9))
+    verdict = judge(last, [part("7")], [AccountAnswer([hour(0, "10"), hour(1, "20")])], POLICY)
+    assert (verdict.state, verdict.local, verdict.stripe) == ("drift", 7, 7)
+    assert [one.amount for one in verdict.findings] == [0, 0]
+
+
+def test_everything_under_way_and_nothing_to_compare_is_unknown() -> None:
+    fresh = part("0", waiting=Decimal(5), waits_since=NOW)
+    assert judge(period(), [fresh], [AccountAnswer()], POLICY).reason == "waiting"
+
+
+def test_identifiers_are_named_of_the_subjects_own_pushes_only() -> None:
+    shared = replace(
+        hour(0, "5"), candidates=[("a", Decimal(5), ("item", START)), ("b", Decimal(5), ("y", START))]
+    )
+    [finding] = judge(period(), [part()], [AccountAnswer([shared])], POLICY).findings
+    assert finding.identifiers == ("a",)
+
+
 # Hours --------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +257,19 @@ def test_time_explains_what_was_taken_just_now_or_is_under_way_and_no_more(
     [difference] = compare_hours({START: journal}, {START: Decimal(shown)})
     assert difference.explained is explained
     assert difference.missing == 10 - Decimal(shown)
+
+
+@pytest.mark.parametrize(
+    ("reported", "shown", "differs"),
+    [
+        ("0.3", "0.30000000000000004", False),
+        ("1e15", "1000000000000000.1", False),
+        ("0.3", "0.300000002", True),
+    ],
+)
+def test_what_adding_doubles_may_lose_is_no_difference(reported: str, shown: str, differs: bool) -> None:
+    found = compare_hours({START: told(reported)}, {START: Decimal(shown)})
+    assert bool(found) is differs
 
 
 def test_an_hour_that_nobody_told_of_is_a_surplus() -> None:
