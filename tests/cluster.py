@@ -89,7 +89,9 @@ class Cluster:
         """Who keeps the group's offsets and members now."""
 
         def ask() -> int:
-            found = self.admin.describe_consumer_groups([group], request_timeout=10)[group].result()
+            # A new client each time: an old one keeps asking the coordinator that it knew.
+            admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+            found = admin.describe_consumer_groups([group], request_timeout=10)[group].result()
             return int(found.coordinator.id)
 
         return settled(ask)

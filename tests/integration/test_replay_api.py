@@ -34,7 +34,7 @@ from services.ingest.app import create_app, openapi_document
 from services.streaming.replay_plan import Plan
 from services.streaming.replays import ReplayRequest
 from services.wire.settings import Settings
-from tests.integration.ingest_serving import new_key, served
+from tests.integration.ingest_serving import PLAIN, new_key, served
 from tests.oracle import DAY_S, HOUR_S, Usage
 from tests.pipeline import Pipeline, Worker, until
 
@@ -100,10 +100,12 @@ class Site:
     def post(
         self, headers: dict[str, str], query: str = "", timeout: float = 60, **body: Any
     ) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/replay{query}", headers=headers, json=body, timeout=timeout)
+        return httpx.post(
+            f"{self.url}/v1/replay{query}", headers=headers, json=body, timeout=timeout, verify=PLAIN
+        )
 
     def get(self, path: str, headers: dict[str, str]) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", headers=headers, timeout=30)
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=30, verify=PLAIN)
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
@@ -189,7 +191,7 @@ def test_the_bodies_of_the_runbook_work_as_they_are(site: Site) -> None:
     dry, apply, month = RUNBOOK
 
     def curl(body: str) -> Any:
-        answer = httpx.post(f"{site.url}/v1/replay", headers=headers, content=body, timeout=60)
+        answer = httpx.post(f"{site.url}/v1/replay", headers=headers, content=body, timeout=60, verify=PLAIN)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -241,7 +243,7 @@ def test_a_dry_run_ends_when_its_time_is_over(site: Site) -> None:
         replay_dry_run_seconds=3,
     )
     with frozen_dry_runs(site), served(create_app(known, routes=ROUTES)) as url:
-        late = httpx.post(f"{url}/v1/replay", headers=key, json={"since": "-PT1H"}, timeout=30)
+        late = httpx.post(f"{url}/v1/replay", headers=key, json={"since": "-PT1H"}, timeout=30, verify=PLAIN)
         assert (late.status_code, late.json()["code"]) == (504, "replay_too_long")
         assert not children()
 
@@ -256,12 +258,20 @@ def test_a_dry_run_ends_with_its_api_however_that_ends(site: Site, number: signa
 
     def ready() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2).status_code == 200
+            return (
+                httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, verify=PLAIN).status_code == 200
+            )
         return False
 
     def ask() -> None:
         with contextlib.suppress(httpx.HTTPError):
-            httpx.post(f"http://127.0.0.1:{port}/v1/replay", headers=key, json={"since": "now"}, timeout=60)
+            httpx.post(
+                f"http://127.0.0.1:{port}/v1/replay",
+                headers=key,
+                json={"since": "now"},
+                timeout=60,
+                verify=PLAIN,
+            )
 
     until(ready, "the API serves", 30, api.log)
     with frozen_dry_runs(site):
@@ -410,7 +420,9 @@ def test_what_is_away_is_said_with_503(site: Site) -> None:
     key = site.key(tenant, "replay")
     known = Settings(kafka_bootstrap="127.0.0.1:1", postgres_dsn=SecretStr(site.pipeline.dsn))
     with served(create_app(known, routes=ROUTES)) as url:
-        answer = httpx.post(f"{url}/v1/replay", headers=key, json={"since": "-PT1H"}, timeout=60)
+        answer = httpx.post(
+            f"{url}/v1/replay", headers=key, json={"since": "-PT1H"}, timeout=60, verify=PLAIN
+        )
     assert (answer.status_code, answer.json()["code"]) == (503, "kafka_unavailable")
     assert int(answer.headers["Retry-After"]) > 0
 
@@ -554,7 +566,11 @@ def test_no_request_breaks_the_api_and_what_is_accepted_can_be_shown(site: Site,
     if not isinstance(body, dict):
         body = [body]  # without a mode it would be a dry run, in a process
     answer = httpx.post(
-        f"{site.url}/v1/replay?wait=0", headers=key, content=json.dumps(body).encode(), timeout=30
+        f"{site.url}/v1/replay?wait=0",
+        headers=key,
+        content=json.dumps(body).encode(),
+        timeout=30,
+        verify=PLAIN,
     )
     assert answer.status_code in (202, 400, 404), answer.text
     listed = site.get("/v1/replays", key)
