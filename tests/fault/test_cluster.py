@@ -291,7 +291,7 @@ def test_a_leader_killed_and_another_broker_restarted_under_load_lose_nothing(
 ) -> None:
     worker = campaign.pipeline.worker().start().await_healthy()
     pid = worker.pid
-    with senders(campaign.pipeline) as sent, campaign.load(20_260_102, 4_000, seconds=60):
+    with campaign.load(20_260_102, 4_000, seconds=60), senders(campaign.pipeline) as sent:
         campaign.recover(worker.log, least=200)
         first = leader_but(cluster, *cluster.controllers)
         harm(campaign, cluster, first, worker)
@@ -381,7 +381,7 @@ def test_twenty_brokers_killed_one_after_the_other_under_load_lose_nothing(
     # Another group on the same ground, at rest.
     workers.append(pipeline.worker("dispatcher", [*program, "dispatcher"], **stripe).start())
     pids = [worker.await_healthy().pid for worker in workers]
-    with senders(pipeline) as sent, campaign.load(seed, 60_000, seconds=900, parts=900):
+    with campaign.load(seed, 30_000, seconds=600, parts=300), senders(pipeline) as sent:
         campaign.recover(least=500)
         for number in range(20):
             pipeline.approve(2)
