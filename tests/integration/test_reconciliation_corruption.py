@@ -81,6 +81,7 @@ def scene(postgres_dsn: str) -> Iterator[Scene]:
         yield scene
 
 
+@pytest.mark.timeout(900)
 def test_a_thousand_corruptions_are_found_each_and_ten_clean_runs_raise_no_alarm(scene: Scene) -> None:
     chance = random.Random(SEED)  # noqa: S311
     names = sorted({(one.customer_ref, one.metric) for one in reconciled(scene)})
