@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -191,4 +193,7 @@ def serve(app: Litestar, host: str, port: int) -> None:
         lifespan="on",
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+    if threading.current_thread() is threading.main_thread():
+        # Once it has shut down, uvicorn raises the signal again, for whoever handled it before: nobody died.
+        signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run()
