@@ -141,8 +141,22 @@ def open_scene(dsn: str, config: SimulatorConfig | None = None) -> Iterator[Scen
         books.db.execute("TRUNCATE deltas, item_periods, buckets, items, outbox")
         scene = Scene(books, world, dsn, Limits.from_settings(load_settings()))
         scene.limits = replace(scene.limits, patience=timedelta(0))
+        for customer in (*(f"cus_{number}" for number in range(20)), "cus_missing"):
+            map_customer(scene, customer, customer)
         declare(scene, "requests")
         yield scene
+
+
+def map_customer(scene: Scene, ref: str, stripe_customer: str) -> None:
+    """With billing periods that began 20 days ago, whatever day of the month it is."""
+    anchor = scene.world.now().replace(minute=0, second=0, microsecond=0) - timedelta(days=20)
+    scene.sql(
+        "INSERT INTO customers (tenant_id, customer_ref, stripe_customer, calendar) "
+        "VALUES ('acme', %s, %s, %s)",
+        ref,
+        stripe_customer,
+        f"1 month UTC {anchor:%Y-%m-%dT%H:%M:%SZ}",
+    )
 
 
 def declare(scene: Scene, slug: str, aggregation: str = "sum", **columns: Any) -> None:

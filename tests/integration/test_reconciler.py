@@ -18,7 +18,7 @@ from services.reconciler.local import list_items, read_subjects
 from services.streaming.reconciliation import Asked, dismiss
 from services.wire import metrics
 from services.wire.settings import load_settings
-from tests.integration.reconciling import Scene, declare, hours_ago, open_scene
+from tests.integration.reconciling import Scene, declare, hours_ago, map_customer, open_scene
 
 
 @pytest.fixture
@@ -472,9 +472,7 @@ def test_what_is_counted_between_the_list_and_the_batch_is_no_drift(scene: Scene
 
 def test_a_change_of_calendar_leaves_no_period_behind_that_differs(scene: Scene) -> None:
     declare(scene, "level", "last")
-    scene.sql(
-        "INSERT INTO customers (tenant_id, customer_ref, stripe_customer) VALUES ('acme', 'x', 'cus_6')"
-    )
+    map_customer(scene, "x", "cus_6")
     for number in range(3):
         scene.use(f"a{number}", hours_ago(26 * number), 5, customer_ref="x")
         scene.use(f"b{number}", hours_ago(26 * number), 7 + number, "level", customer_ref="x")
@@ -499,10 +497,7 @@ def test_a_change_of_calendar_leaves_no_period_behind_that_differs(scene: Scene)
 
 def test_of_two_customers_that_are_billed_as_one_the_hour_belongs_to_who_sent_in_it(scene: Scene) -> None:
     for ref in ("left", "right"):
-        scene.sql(
-            "INSERT INTO customers (tenant_id, customer_ref, stripe_customer) VALUES ('acme', %s, 'cus_9')",
-            ref,
-        )
+        map_customer(scene, ref, "cus_9")
     scene.use("a", hours_ago(5), 5, customer_ref="left")
     scene.use("b", hours_ago(3), 7, customer_ref="right")
     scene.bill()
@@ -515,9 +510,7 @@ def test_of_two_customers_that_are_billed_as_one_the_hour_belongs_to_who_sent_in
 
 
 def test_usage_that_was_sent_as_another_customer_before_is_compared_there(scene: Scene) -> None:
-    scene.sql(
-        "INSERT INTO customers (tenant_id, customer_ref, stripe_customer) VALUES ('acme', 'x', 'cus_7')"
-    )
+    map_customer(scene, "x", "cus_7")
     scene.use("a", hours_ago(5), 5, customer_ref="x")
     scene.bill()
     scene.sql("UPDATE customers SET stripe_customer = 'cus_8' WHERE customer_ref = 'x'")
