@@ -197,7 +197,7 @@ def make_billing(trouble: Trouble) -> None:
     simulate(
         stack,
         "payment_methods",
-        {"customer": customer, "exp_month": datetime.now(UTC).month, "exp_year": 2026},
+        {"customer": customer, "exp_month": datetime.now(UTC).month, "exp_year": datetime.now(UTC).year},
     )
     simulate(stack, "accounts/acct_left/deauthorize", {})
     trouble.ids |= {"charge": charge["id"], "transaction": charge["balance_transaction"], "meter": meter}
