@@ -53,6 +53,7 @@ CustomerOption = Annotated[str | None, typer.Option(help="Only of this customer,
 PeriodOption = Annotated[
     str | None, typer.Option(help="Only the billing period that holds this time, or now.")
 ]
+LimitOption = Annotated[int, typer.Option(min=1, max=reconciliation.SHOWN_MAX, help="Rows, at most.")]
 
 
 def reconcile(
@@ -60,7 +61,7 @@ def reconcile(
     meter: MeterOption = None,
     customer: CustomerOption = None,
     period: PeriodOption = None,
-    limit: Annotated[int, typer.Option(min=1, max=reconciliation.SHOWN_MAX, help="Rows, at most.")] = 50,
+    limit: LimitOption = 50,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare with Stripe, now: every customer, meter and billing period of the past 40 days, or fewer.
@@ -83,7 +84,7 @@ def show(
     meter: MeterOption = None,
     customer: CustomerOption = None,
     period: PeriodOption = None,
-    limit: Annotated[int, typer.Option(min=1, max=reconciliation.SHOWN_MAX, help="Rows, at most.")] = 50,
+    limit: LimitOption = 50,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what was found last, without asking Stripe. Exit status as of `tidemeter reconcile`.

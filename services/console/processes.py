@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from litestar import Request
@@ -26,6 +27,9 @@ from services.wire.settings import PREFIX, Settings
 AT_ONCE_MAX = 2
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 BUSY_RETRY_AFTER_S = 5
+POLL_SECONDS = 0.2
+
+Found = TypeVar("Found")
 #: Ends when nobody waits for the answer any more.
 Gone = Callable[[], Awaitable[None]]
 _SECRETS_NEEDED = ("postgres_dsn", "schema_registry_url")
@@ -111,6 +115,28 @@ async def client_gone(request: Request[Any, Any, State]) -> None:
     """Return once the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def waited(
+    request: Request[Any, Any, State],
+    look: Callable[[], Awaitable[Found]],
+    wait_s: float,
+    *,
+    ended: Callable[[Found], bool],
+) -> Found:
+    """What ``look`` finds when that has ended, when the time is over, or when the client has gone."""
+    deadline = time.monotonic() + wait_s
+    leaving = asyncio.ensure_future(client_gone(request))
+    try:
+        while True:
+            found = await look()
+            left = deadline - time.monotonic()
+            if ended(found) or left <= 0 or leaving.done():
+                return found
+            await asyncio.wait({leaving}, timeout=min(POLL_SECONDS, left))
+    finally:
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
 
 
 def away(world: str) -> RequestRefused:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -15,7 +13,7 @@ from litestar.params import Parameter
 
 from services.console.asking import ask, principal_of, refuse_unknown_parameters
 from services.console.docs import ONE_RESPONSES, RECONCILE_RESPONSES
-from services.console.processes import client_gone
+from services.console.processes import waited
 from services.streaming import reconciliation
 from services.streaming.reconciliation import (
     ReconcileRequest,
@@ -31,7 +29,6 @@ from services.web.keys import Principal
 from services.web.problems import RequestRefused
 
 WAIT_MAX = 60
-POLL_SECONDS = 0.2
 _ID_MAX = 2**63 - 1
 PathId = Annotated[int, Parameter(ge=1, le=_ID_MAX)]
 _PLAIN = r"^[^\x00-\x1f]+$"
@@ -203,19 +200,12 @@ def _own(principal: Principal, wanted: ReconcileRequest) -> ReconcileRequest:
 
 
 async def _waited(request: Asking, principal: Principal, run_id: int, wait_s: int) -> Run:
-    """The run when it has ended, when the time is over, or when the client has gone."""
-    deadline = time.monotonic() + wait_s
-    leaving = asyncio.ensure_future(client_gone(request))
-    try:
-        while True:
-            found = await _shown(request, principal, run_id)
-            left = deadline - time.monotonic()
-            if found.finished_at is not None or left <= 0 or leaving.done():
-                return found
-            await asyncio.wait({leaving}, timeout=min(POLL_SECONDS, left))
-    finally:
-        leaving.cancel()
-        await asyncio.gather(leaving, return_exceptions=True)
+    return await waited(
+        request,
+        lambda: _shown(request, principal, run_id),
+        wait_s,
+        ended=lambda found: found.finished_at is not None,
+    )
 
 
 async def _shown(request: Asking, principal: Principal, run_id: int) -> Run:

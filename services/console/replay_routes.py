@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -15,7 +13,7 @@ from litestar.params import Parameter
 
 from services.console.asking import ask, principal_of, refuse_unknown_parameters
 from services.console.docs import LIST_RESPONSES, ONE_RESPONSES
-from services.console.processes import away, client_gone, processes_of
+from services.console.processes import away, client_gone, processes_of, waited
 from services.console.replay_docs import REPLAY_RESPONSES, ReplayOperation
 from services.console.replays import Replay, ReplayProblem, shown
 from services.streaming import replays
@@ -29,7 +27,6 @@ MODULE = "services.replay"
 PAGE_MAX = 100
 BODY_BYTES_MAX = 1024 * 1024
 WAIT_MAX = 60
-POLL_SECONDS = 0.2
 _ID_MAX = 2**63 - 1
 PathId = Annotated[int, Parameter(ge=1, le=_ID_MAX)]
 
@@ -214,19 +211,12 @@ async def _apply(
 
 
 async def _waited(request: Asking, principal: Principal, replay_id: int, wait_s: int) -> Replay:
-    """The replay when it has ended, when the time is over, or when the client has gone."""
-    deadline = time.monotonic() + wait_s
-    leaving = asyncio.ensure_future(client_gone(request))
-    try:
-        while True:
-            found = await _shown(request, principal, replay_id)
-            left = deadline - time.monotonic()
-            if found.finished_at is not None or left <= 0 or leaving.done():
-                return found
-            await asyncio.wait({leaving}, timeout=min(POLL_SECONDS, left))
-    finally:
-        leaving.cancel()
-        await asyncio.gather(leaving, return_exceptions=True)
+    return await waited(
+        request,
+        lambda: _shown(request, principal, replay_id),
+        wait_s,
+        ended=lambda found: found.finished_at is not None,
+    )
 
 
 def _planned(line: bytes) -> Plan:
